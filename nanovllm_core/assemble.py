@@ -1,0 +1,83 @@
+"""From a ModelPlan to a module with weights: built on meta, parallelised, then filled parameter by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm_core.contracts import KernelRequest, Module, Ops, Parallelized, Tokenizer
+from nanovllm_core.errors import ModelError
+from nanovllm_core.hooks import bind
+from nanovllm_core.hookspecs import Kernels, Models, Parallel, Tokenizers
+from nanovllm_core.plan import ModelPlan
+
+
+def models_of(plan: ModelPlan) -> Models:
+    """The model component's hooks."""
+    return bind(Models, [(plan.model.entry.full_name, plan.model.component)])
+
+
+def load_ops(plan: ModelPlan, device: str, *, training: bool) -> Ops:
+    """The chosen kernels, loaded."""
+    loaded: dict[str, Any] = {}
+    for operation, choice in plan.kernels.items():
+        request = KernelRequest(
+            operation=operation,
+            device=device,
+            dtype=plan.dtype,
+            shape=plan.shape,
+            training=training,
+            tensor=plan.layout.tensor,
+        )
+        loaded[operation] = bind(Kernels, [(choice.entry.full_name, choice.component)]).load(request=request)
+    return Ops(dtype=plan.dtype, **loaded)
+
+
+def assemble(
+    plan: ModelPlan,
+    device: str,
+    *,
+    seed: int,
+    training: bool,
+    weight: Callable[[str], Tensor] | None = None,
+) -> Parallelized:
+    """The model on `device`: fp32 masters to train, the compute dtype to generate.
+
+    `weight(name)` gives each parameter; without it the model component does (from file, or random by seed).
+    """
+    models, shape = models_of(plan), plan.shape
+    with torch.device("meta"):
+        module = models.build(shape=shape, ops=load_ops(plan, device, training=training))
+    strategy = bind(Parallel, [(plan.parallel.entry.full_name, plan.parallel.component)])
+    parallelized = strategy.parallelize(module=module, layout=plan.layout, mesh=None)
+    dtype = torch.float32 if training else getattr(torch, plan.dtype)
+    give = weight or (lambda name: models.weight(shape=shape, name=name, seed=seed))
+    fill(parallelized.module, lambda name: give(name).to(device, dtype))
+    parallelized.module.train(training)
+    return parallelized
+
+
+def fill(module: Module, weight: Callable[[str], Tensor]) -> None:
+    """Replace every meta parameter by `weight(name)`; a parameter that stands in several places stays one."""
+    assert isinstance(module, nn.Module)
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((owner, key))
+    for name, old in list(module.named_parameters()):
+        value = weight(name)
+        if value.shape != old.shape:
+            raise ModelError(f"{name}: got shape {tuple(value.shape)}, the model needs {tuple(old.shape)}")
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        for owner, key in places[id(old)]:
+            owner._parameters[key] = new
+
+
+def tokenizer_of(plan: ModelPlan, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer, made from `texts()` where the component builds a vocabulary."""
+    component = bind(Tokenizers, [(plan.tokenizer.entry.full_name, plan.tokenizer.component)])
+    return component.make(texts=texts, vocab_size=plan.vocabulary.value)

@@ -1,0 +1,1 @@
+"""Bundled callbacks, found by entry point like any other."""

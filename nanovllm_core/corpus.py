@@ -1,0 +1,120 @@
+"""From a plan's documents to the batches of a run: vocabulary, split, tokens, windows, sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from nanovllm_core.assemble import tokenizer_of
+from nanovllm_core.contracts import Tokenizer
+from nanovllm_core.data.batches import Batches, held_out_batches
+from nanovllm_core.data.chunks import Chunks
+from nanovllm_core.data.packing import Packing, pack
+from nanovllm_core.data.split import held_out, kept
+from nanovllm_core.data.store import Store, open_or_build, store_key
+from nanovllm_core.errors import DataError
+from nanovllm_core.hookspecs import Callbacks
+from nanovllm_core.plan import Plan
+from nanovllm_core.training.trainer import Evaluation
+
+
+@frozen(kw_only=True, eq=False)
+class Corpus:
+    """The documents of a run, tokenised, cut and packed."""
+
+    tokenizer: Tokenizer
+    chunks: Chunks
+    packing: Packing
+    evaluation: Evaluation | None
+
+
+def prepare(plan: Plan, fingerprint: str, folder: Path, events: Callbacks) -> Corpus:
+    """Everything between documents and batches; tokens are kept in `folder` and found again.
+
+    Raises DataError when there is nothing to train on.
+    """
+    documents, data, seed = plan.data.documents, plan.recipe.data, plan.recipe.train.seed
+    count = documents.count(phase(events, "reading", "bytes"))
+    counts = documents.counts
+    assert counts is not None, "a whole walk counts"
+    skipped = "".join(f", {n} skipped ({why})" for why, n in counts.skipped.items())
+    events.note(text=f"{count:,} documents in {documents.files:,} files, {counts.characters:,} characters{skipped}")
+    out = held_out(count, data.eval_fraction, seed)
+    absent = frozenset(out.tolist())
+    tokenizer = tokenizer_of(
+        plan.model, lambda: documents.texts(absent, phase(events, "building the vocabulary", "bytes"))
+    )
+    extractors = [[c.entry.full_name, c.entry.version, repr(c.component)] for c in plan.data.extractors]
+    key = store_key(fingerprint, tokenizer, extractors)
+    store = open_or_build(folder, key, documents, tokenizer, phase(events, "tokenising", "bytes"))
+    chunks, packing = _packed(plan, store, tokenizer, kept(count, out), seed)
+    if not len(packing):
+        raise DataError(f"{data.path}: no document has two tokens or more, so there is nothing to learn from")
+    events.note(
+        text=f"{store.meta['tokens']:,} tokens; {len(chunks):,} windows of at most {data.max_seq_length} tokens packed into "
+        f"{len(packing):,} sequences, {packing.fill:.1%} full"
+    )
+    return Corpus(
+        tokenizer=tokenizer,
+        chunks=chunks,
+        packing=packing,
+        evaluation=_evaluation(plan, store, tokenizer, out, count, events),
+    )
+
+
+def _packed(plan: Plan, store: Store, tokenizer: Tokenizer, numbers: Any, seed: int) -> tuple[Chunks, Packing]:
+    data = plan.recipe.data
+    separator = tokenizer.encode([data.document_separator])[0] if data.concatenate_documents else None
+    chunks = Chunks(
+        store,
+        numbers,
+        length=data.max_seq_length,
+        overlap=plan.chunk_overlap.value,
+        minimum=data.min_chunk_size,
+        separator=separator,
+    )
+    return chunks, pack(chunks.lengths, data.max_seq_length, seed)
+
+
+def _evaluation(
+    plan: Plan, store: Store, tokenizer: Tokenizer, out: Any, count: int, events: Callbacks
+) -> Evaluation | None:
+    if not len(out):
+        why = "data.eval_fraction is 0" if count > 1 else "a single document is not split"
+        events.note(text=f"evaluation is off: {why}")
+        return None
+    chunks, packing = _packed(plan, store, tokenizer, out, 0)
+    if not len(packing):
+        events.note(text="evaluation is off: the held-out documents have no token to predict")
+        return None
+    events.note(
+        text=f"{len(out):,} of the documents are held out to measure what is learned ({chunks.text_bytes:,} bytes)"
+    )
+    rows, device = plan.recipe.train.per_device_train_batch_size, plan.machine.device
+    return Evaluation(
+        batches=lambda: held_out_batches(chunks, packing, rows=rows, device=device), text_bytes=chunks.text_bytes
+    )
+
+
+def batches(plan: Plan, corpus: Corpus, rows_per_step: int, rank: int, world: int) -> Batches:
+    """The training batches of one data rank."""
+    train = plan.recipe.train
+    return Batches(
+        corpus.chunks,
+        corpus.packing,
+        seed=train.seed,
+        rows_per_step=rows_per_step,
+        rows=train.per_device_train_batch_size,
+        epochs=train.num_train_epochs if train.max_steps is None else None,
+        rank=rank,
+        world=world,
+        device=plan.machine.device,
+    )
+
+
+def phase(events: Callbacks, name: str, unit: str) -> Callable[[int, int], None]:
+    """A progress function that tells the callbacks."""
+    return lambda done, total: events.phase_progress(phase=name, done=done, total=total, unit=unit)

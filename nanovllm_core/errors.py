@@ -1,0 +1,91 @@
+"""Every error a user can meet, as one tree.
+
+    NanoError                     who, what was given, what is allowed, how to mend; the command line exits with 2
+    ├── RecipeError               the recipe's text or values (file:line:column)
+    │   └── OptionError           an option of a component
+    ├── ComponentError            finding and loading plugins
+    │   ├── UnknownComponent      no such name
+    │   ├── AmbiguousComponent    several distributions offer the name, or two priorities tie
+    │   ├── BrokenComponent       it does not import, or does not follow its hook spec
+    │   └── RefusedError          it was named and says no, with its reason
+    ├── DataError                 a document cannot be read (file:line:byte)
+    ├── ModelError                a model or tokenizer folder is missing, incomplete or unsupported
+    ├── TrainingError             the run cannot go on (a loss that is not finite)
+    ├── CheckpointError           no sound checkpoint where one is needed
+    ├── OutputError               the output folder cannot be used
+    └── GenerationError           a prompt or sampling parameter is unusable
+
+Anything else that escapes is a bug of ours or of a plugin, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NanoError(Exception):
+    """Base of all errors that the user can mend."""
+
+
+class RecipeError(NanoError):
+    """The recipe's text or values are wrong."""
+
+
+class OptionError(RecipeError):
+    """An option of a component is wrong; never confused with a refusal."""
+
+
+class ComponentError(NanoError):
+    """A component cannot be used."""
+
+
+class UnknownComponent(ComponentError):
+    """No installed component has this name."""
+
+
+class AmbiguousComponent(ComponentError):
+    """More than one component fits and nothing decides between them."""
+
+
+class BrokenComponent(ComponentError):
+    """A component does not import or does not follow its hook spec."""
+
+
+class RefusedError(ComponentError):
+    """A named component refuses, with its reason."""
+
+
+class DataError(NanoError):
+    """A document cannot be read."""
+
+
+class ModelError(NanoError):
+    """A model or tokenizer folder cannot be used."""
+
+
+class TrainingError(NanoError):
+    """The run cannot go on."""
+
+
+class CheckpointError(NanoError):
+    """No sound checkpoint where one is needed."""
+
+
+class OutputError(NanoError):
+    """The output folder cannot be used."""
+
+
+class GenerationError(NanoError):
+    """A prompt or a sampling parameter is unusable."""
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` when a known name is close to `given`, else the empty string."""
+    match = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for an error message: sorted, comma-separated, or `none`."""
+    return ", ".join(sorted(names)) or "none"

@@ -1,0 +1,62 @@
+"""From a model's name to a local folder: a folder is itself, a hub name resolves through the Hugging Face cache.
+
+Only what a model folder needs is fetched; code and pickled weights never are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nanovllm_core.errors import ModelError
+
+CONFIG_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+WEIGHT_FILES = ("*.safetensors",)
+
+
+def resolve(name: str, *, weights: bool = True) -> Path:
+    """The folder of a model: `name` is a folder, or a hub name such as `Qwen/Qwen3-0.6B`.
+
+    The Hugging Face cache (`HF_HOME`, `HF_HUB_CACHE`) is looked in first, so that offline machines work; then the hub
+    (`HF_TOKEN` opens gated models). Raises ModelError when the name is neither.
+    """
+    if not name.strip():
+        raise ModelError(f"a model's name is empty ({name!r}); give its folder or its hub name")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelError(f"{name}: is a file; a model is named by its folder (with config.json) or its hub name")
+    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ModelError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*CONFIG_FILES, *(WEIGHT_FILES if weights else ())]
+    try:
+        cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        if _whole(cached, weights):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    except HFValidationError as e:
+        raise ModelError(f"{name}: neither a folder here nor a valid hub name ({e})") from e
+    try:
+        fetched = Path(snapshot_download(name, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(
+            f"{name}: not a folder here, not in the Hugging Face cache, and the hub did not give it ({reason}). "
+            f"Fetch it on a connected machine with `hf download {name}`, or name a folder that holds the model"
+        ) from e
+    if not _whole(fetched, weights):
+        raise ModelError(
+            f"{name}: {fetched} holds no {'safetensors weights' if weights else 'model or tokenizer'}; fetch it whole on a "
+            f"connected machine with `hf download {name}`, or name another model"
+        )
+    return fetched
+
+
+def _whole(folder: Path, weights: bool) -> bool:
+    """Whether a cached folder holds what is wanted: an interrupted download, or one of other files, does not."""
+    found = any((folder / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
+    return found and (not weights or any(folder.glob("*.safetensors")))

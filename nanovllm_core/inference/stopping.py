@@ -1,0 +1,40 @@
+"""Finding where an answer's text ends, while its tokens come in one by one.
+
+Tokens are not characters: a character may span tokens, and so may a stop text. Text is therefore taken from a growing
+window of tokens and let go only when it ends with a whole character; each token is decoded a few times, never the whole
+answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nanovllm_core.contracts import Tokenizer
+
+_UNFINISHED = "\ufffd"  # what a tokenizer makes of incomplete UTF-8
+
+
+class StopTexts:
+    """Watches one answer for the first of its stop texts."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.longest = max(map(len, stop), default=0)
+        self.text = ""  # so far, whole characters only
+        self.shown = 0  # ids whose text is in `text`
+        self.start = 0  # where the window begins: some ids before `shown`, since decoding may depend on what precedes
+
+    def found(self, ids: Sequence[int]) -> str | None:
+        """The text before the earliest stop text in the answer `ids`, or None. Call after each token."""
+        if not self.stop:
+            return None
+        known = self.tokenizer.decode(ids[self.start : self.shown])
+        window = self.tokenizer.decode(ids[self.start :])
+        if len(window) <= len(known):
+            return None
+        searched = max(0, len(self.text) - self.longest + 1)
+        text = self.text + window[len(known) :]
+        ends = [at for stop in self.stop if (at := text.find(stop, searched)) >= 0]
+        if not window.endswith(_UNFINISHED):
+            self.text, self.start, self.shown = text, self.shown, len(ids)
+        return text[: min(ends)] if ends else None

@@ -1,0 +1,44 @@
+"""The machine that a plan is made for: a value, so that a plan for another machine can be made and tested anywhere."""
+
+from __future__ import annotations
+
+import os
+
+from attrs import frozen
+
+
+@frozen(kw_only=True)
+class Machine:
+    """One process's view of its host."""
+
+    device: str = "cpu"  # "cpu" | "cuda"
+    device_name: str = ""
+    memory: int = 0  # bytes free on the device; 0 when unknown
+    cores: int = 1  # usable by this process
+    world_size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+
+    @classmethod
+    def detect(cls) -> Machine:
+        """What is here: the first visible GPU (or this rank's), else the CPU. Ranks as torchrun tells them."""
+        import torch
+
+        ranks = {key: int(os.environ.get(name, default)) for key, name, default in _RANKS}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if torch.cuda.is_available():
+            index = ranks["local_rank"] % torch.cuda.device_count()
+            free, _total = torch.cuda.mem_get_info(index)
+            name = torch.cuda.get_device_name(index)
+            return cls(device="cuda", device_name=name, memory=free, cores=cores, **ranks)
+        return cls(device="cpu", device_name=f"{cores} cores", memory=_host_memory(), cores=cores, **ranks)
+
+
+_RANKS = (("world_size", "WORLD_SIZE", "1"), ("rank", "RANK", "0"), ("local_rank", "LOCAL_RANK", "0"))
+
+
+def _host_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0

@@ -1,0 +1,82 @@
+"""The one way in which a component is chosen: ask every candidate's `probe`, keep every answer with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from attrs import frozen
+
+from nanovllm_core.contracts import Accept, Refuse, Verdict
+from nanovllm_core.errors import AmbiguousComponent, RefusedError
+from nanovllm_core.registry import Entry
+
+
+@frozen(kw_only=True, eq=False)
+class Candidate:
+    """A component ready to be asked, or the reason why it cannot even be asked."""
+
+    entry: Entry
+    component: Any = None
+    unusable: str = ""
+    at: tuple[str | int, ...] = ()  # where the recipe names it
+
+
+@frozen(kw_only=True, eq=False)
+class Choice:
+    """What fills a slot, why, and who else was asked."""
+
+    slot: str  # e.g. "kernels.attention"
+    entry: Entry
+    component: Any
+    by: str  # "recipe" (named there) | "default" | "auto"
+    why: str
+    accept: Accept
+    refused: tuple[tuple[str, str], ...] = ()  # (name, reason)
+    at: tuple[str | int, ...] = ()  # where the recipe names it
+
+
+def ask(candidate: Candidate, probe: Callable[[Any], object]) -> Verdict:
+    """A candidate's verdict; a probe that raises or answers nonsense is a refusal that says so."""
+    if candidate.unusable:
+        return Refuse(candidate.unusable)
+    try:
+        verdict = probe(candidate.component)
+    except Exception as e:  # a stranger's probe may raise anything; its reason is kept
+        return Refuse(f"its probe raised {type(e).__name__}: {e}")
+    if isinstance(verdict, (Accept, Refuse)):
+        return verdict
+    return Refuse(f"its probe answered {verdict!r}, neither Accept nor Refuse")
+
+
+def choose(slot: str, candidates: Sequence[Candidate], probe: Callable[[Any], object], by: str) -> Choice:
+    """The accepting candidate of highest priority.
+
+    Raises RefusedError when none accepts (a named component that refuses is an error, never a fallback) and
+    AmbiguousComponent when two tie.
+    """
+    accepted: list[tuple[Accept, Candidate]] = []
+    refused: list[tuple[str, str]] = []
+    for c in candidates:
+        verdict = ask(c, probe)
+        if isinstance(verdict, Accept):
+            accepted.append((verdict, c))
+        else:
+            refused.append((c.entry.name, verdict.why))
+    if not accepted:
+        if len(refused) == 1:
+            raise RefusedError(f"{slot}: {refused[0][0]} refuses: {refused[0][1]}")
+        reasons = "".join(f"\n  {name}: {why}" for name, why in refused) or " (none is installed)"
+        raise RefusedError(f"{slot}: no component accepts:{reasons}")
+    accepted.sort(key=lambda pair: -pair[0].priority)
+    best, winner = accepted[0]
+    ties = [c.entry.full_name for a, c in accepted if a.priority == best.priority]
+    if len(ties) > 1:
+        raise AmbiguousComponent(
+            f"{slot}: {', '.join(sorted(ties))} accept with equal priority {best.priority}; name one of them"
+        )
+    lost = tuple((c.entry.name, f"accepts with lower priority {a.priority}: {a.why}") for a, c in accepted[1:])
+    return Choice(
+        slot=slot, entry=winner.entry, component=winner.component, by=by, why=best.why, accept=best,
+        refused=(*lost, *refused), at=winner.at,
+    )  # fmt: skip

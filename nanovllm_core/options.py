@@ -1,0 +1,191 @@
+"""What an attrs class says about its options: bounds that check themselves, types and meanings in words.
+
+Components import their validators from here: nothing heavier than attrs comes along.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+import typing
+from collections import abc
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import attrs
+from attrs import NOTHING, frozen
+
+from nanovllm_core.contracts import ModelRef
+from nanovllm_core.errors import BrokenComponent
+
+INTERNAL = {"internal": True}
+"""Metadata of a field that is no option: it can neither be written in a recipe nor is it shown."""
+
+_NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", type(None): "null", Path: "path"}
+_NAMES |= {list: "list", tuple: "list", dict: "mapping", object: "anything"}
+
+
+# ---------------------------------------------------------------- validators
+
+
+@frozen
+class Bounds:
+    """An attrs validator: a number within bounds. None passes, for options that may be null."""
+
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+
+    def __str__(self) -> str:
+        if self.low is not None and self.high is not None and not self.open_low and not self.open_high:
+            return f"between {self.low} and {self.high}"
+        low = "" if self.low is None else f"{'above' if self.open_low else 'at least'} {self.low}"
+        high = "" if self.high is None else f"{'below' if self.open_high else 'at most'} {self.high}"
+        return " and ".join(part for part in (low, high) if part)
+
+    def __call__(self, instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            error: Exception = TypeError(f"got {shown(value)}, expected a number {self}")
+        else:
+            above = self.low is None or (value > self.low if self.open_low else value >= self.low)
+            below = self.high is None or (value < self.high if self.open_high else value <= self.high)
+            if above and below:
+                return
+            error = ValueError(f"got {value}, {self}")
+        error.add_note(f"{type(instance).__name__}.{attribute.name}")
+        raise error
+
+
+def at_least(low: float) -> Bounds:
+    """Validator: value >= low."""
+    return Bounds(low=low)
+
+
+def at_most(high: float) -> Bounds:
+    """Validator: value <= high."""
+    return Bounds(high=high)
+
+
+def between(low: float, high: float) -> Bounds:
+    """Validator: low <= value <= high."""
+    return Bounds(low=low, high=high)
+
+
+def above(low: float) -> Bounds:
+    """Validator: value > low."""
+    return Bounds(low=low, open_low=True)
+
+
+def below(high: float) -> Bounds:
+    """Validator: value < high."""
+    return Bounds(high=high, open_high=True)
+
+
+# ---------------------------------------------------------------- types and meanings in words
+
+
+def is_union(tp: Any) -> bool:
+    return get_origin(tp) in (Union, types.UnionType)
+
+
+def origin(tp: Any) -> Any:
+    return get_origin(tp) or tp
+
+
+def options_of(cls: type) -> Iterator[tuple[attrs.Attribute[Any], Any]]:
+    """Fields that a recipe may set, with their resolved types."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception as e:
+        raise BrokenComponent(
+            f"{cls.__module__}:{cls.__qualname__}: the types of its options cannot be resolved ({e}); "
+            "import them outside TYPE_CHECKING"
+        ) from e
+    for a in attrs.fields(cls):
+        if a.init and not a.metadata.get("internal"):
+            yield a, hints.get(a.name, Any)
+
+
+def type_text(tp: Any) -> str:
+    """A type in the words of a recipe: `integer`, `list of string`, `'a' | 'b'`, `number or null`."""
+    if tp is ModelRef:
+        return "model folder or hub name"
+    if get_origin(tp) is Literal:
+        return " | ".join(shown(a) for a in get_args(tp))
+    if is_union(tp):
+        arms = [arm for arm in get_args(tp) if arm is not int or float not in get_args(tp)]
+        return " or ".join(dict.fromkeys(type_text(arm) for arm in arms))
+    args = [a for a in get_args(tp) if a is not Ellipsis]
+    if origin(tp) in (list, tuple, abc.Sequence):
+        return f"list of {' and '.join(dict.fromkeys(type_text(a) for a in args))}" if args else "list"
+    if origin(tp) in (dict, abc.Mapping):
+        return f"mapping of {type_text(args[1])}" if len(args) == 2 and args[1] is not Any else "mapping"
+    if isinstance(tp, type) and attrs.has(tp):
+        return "component" if "use" in attrs.fields_dict(tp) else "mapping"
+    return "anything" if tp is Any else _NAMES.get(tp) or str(getattr(tp, "__name__", tp))
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@frozen
+class Option:
+    """One option of a class, in words."""
+
+    name: str
+    type: str
+    default: str  # "required" when there is none
+    doc: str
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.name, self.type, self.default, self.doc))
+
+
+def describe(cls: type) -> list[Option]:
+    """The options of a class, with the meanings that its docstring gives in lines of the form `name: meaning`."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        name = ""
+        for text in inspect.cleandoc(base.__doc__ or "").splitlines():
+            if found := re.match(r"(\w+): +(\S.*)", text):
+                name = found[1]
+                docs[name] = found[2]
+            elif name and text.startswith(" ") and text.strip():
+                docs[name] += " " + text.strip()
+            else:
+                name = ""
+    return [
+        Option(a.alias or a.name, type_text(kind), _default_text(a.default), docs.get(a.name, ""))
+        for a, kind in options_of(cls)
+    ]
+
+
+def _default_text(default: Any) -> str:
+    if default is NOTHING:
+        return "required"
+    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        if default.takes_self:
+            return "computed"
+        default = default.factory()
+    if isinstance(default, tuple) and default and all(hasattr(item, "use") for item in default):
+        return ", ".join(item.use for item in default)  # components by name
+    if attrs.has(type(default)):
+        return "its own defaults"
+    try:
+        return json.dumps(default, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return str(default)

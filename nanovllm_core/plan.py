@@ -1,0 +1,225 @@
+"""Recipe + registry + machine -> Plan: every choice made, with its reason, before anything is read or built.
+
+Order: vocabulary size (from file sizes) -> shape -> memory -> parallel layout -> kernels (they need the tensor degree).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from attrs import frozen
+
+from nanovllm_core.contracts import (
+    Accept,
+    Decision,
+    KernelRequest,
+    Layout,
+    ParallelRequest,
+    Shape,
+    Source,
+)
+from nanovllm_core.data.documents import Documents
+from nanovllm_core.data.sources import Sources
+from nanovllm_core.errors import DataError, RecipeError
+from nanovllm_core.estimate import Memory, training_memory
+from nanovllm_core.hooks import bind
+from nanovllm_core.hookspecs import Callbacks, Extractors, Kernels, Models, Parallel, Readers, Tokenizers
+from nanovllm_core.machine import Machine
+from nanovllm_core.negotiate import Candidate, Choice, ask, choose
+from nanovllm_core.recipe import AUTO, Component, Recipe
+from nanovllm_core.registry import Registry
+from nanovllm_core.slots import Slots
+
+Spec = TypeVar("Spec")
+
+
+@frozen(kw_only=True, eq=False)
+class ModelPlan:
+    """Everything needed to build a model and its tokenizer."""
+
+    tokenizer: Choice
+    vocabulary: Decision
+    model: Choice
+    shape: Shape
+    dtype: str  # compute dtype
+    parallel: Choice
+    layout: Layout
+    kernels: Mapping[str, Choice]  # by operation
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        return (self.tokenizer, self.model, self.parallel, *self.kernels.values())
+
+
+@frozen(kw_only=True, eq=False)
+class DataPlan:
+    """Where documents come from and how they are read."""
+
+    documents: Documents
+    readers: tuple[Candidate, ...]
+    extractors: tuple[Candidate, ...]
+    taken: Mapping[str, int]  # reader's full name -> sources that it reads
+
+
+@frozen
+class _Pick:
+    """Chooses each source's reader, and counts."""
+
+    readers: tuple[Candidate, ...]
+    taken: Counter[str]
+
+    def __call__(self, source: Source) -> Readers | None:
+        """The reader for a source; None when every one refuses. Raises AmbiguousComponent when two tie."""
+        verdicts = [(c, ask(c, lambda r: _bound(Readers, r).probe(source=source))) for c in self.readers]
+        if not any(isinstance(v, Accept) for _, v in verdicts):
+            if not source.exists:
+                reasons = "".join(f"\n  {c.entry.name}: {v.why}" for c, v in verdicts)
+                raise DataError(
+                    f"data.path: {source.path!r} is neither a file nor a folder, and no reader takes it:{reasons}"
+                )
+            return None
+        known = {id(c.component): v for c, v in verdicts}
+        chosen = choose(f"data.readers ({source.name})", self.readers, lambda r: known[id(r)], "auto")
+        self.taken[chosen.entry.full_name] += 1
+        return _bound(Readers, chosen.component)
+
+
+@frozen(kw_only=True, eq=False)
+class Plan:
+    """A recipe with every choice made."""
+
+    recipe: Recipe
+    machine: Machine
+    data: DataPlan
+    model: ModelPlan
+    callbacks: tuple[Candidate, ...]
+    memory: Memory
+    output_dir: Path
+    chunk_overlap: Decision
+
+    def events(self, more: tuple[object, ...] = ()) -> Callbacks:
+        """All callbacks as one relay: the recipe's, then those handed to `run`."""
+        given = [(f"(given) {i} {type(c).__name__}", c) for i, c in enumerate(more)]
+        return bind(Callbacks, [*((c.entry.full_name, c.component) for c in self.callbacks), *given])
+
+
+def _bound(spec: type[Spec], component: Any) -> Spec:
+    return bind(spec, [(type(component).__name__, component)])
+
+
+def make_plan(recipe: Recipe, registry: Registry, machine: Machine) -> Plan:
+    """Decide everything. Raises RecipeError, OptionError, ComponentError, DataError or ModelError."""
+    slots = Slots(registry, recipe)
+    if recipe.data.path is None:
+        raise RecipeError(f"{recipe.text.place(('data',))}: data.path is missing: the file or folder of your documents")
+    output_dir = _within(recipe.base, recipe.output_dir)
+    data = _plan_data(slots, output_dir)
+    model = plan_model(recipe, registry, machine, data_bytes=data.documents.bytes)
+    train, length = recipe.train, recipe.data.max_seq_length
+    if length > model.shape.max_positions:
+        raise RecipeError(
+            f"{recipe.text.place(('data', 'max_seq_length'))}: data.max_seq_length: got {length}, at most "
+            f"{model.shape.max_positions} (what {model.model.entry.name} was made for)"
+        )
+    return Plan(
+        recipe=recipe,
+        machine=machine,
+        data=data,
+        model=model,
+        callbacks=tuple(slots.named("callbacks", c) for c in recipe.callbacks),
+        memory=training_memory(model.shape, tokens=length * train.per_device_train_batch_size, dtype=model.dtype),
+        output_dir=output_dir,
+        chunk_overlap=_overlap(recipe),
+    )
+
+
+def _within(base: Path, given: str) -> Path:
+    return (base / Path(given).expanduser()).resolve()
+
+
+def _overlap(recipe: Recipe) -> Decision:
+    given, length = recipe.data.chunk_overlap, recipe.data.max_seq_length
+    if given is not None:
+        return Decision(given, "the recipe says so")
+    if length // 4 < 128:
+        return Decision(length // 4, f"a quarter of max_seq_length {length}")
+    return Decision(128, "default")
+
+
+def _plan_data(slots: Slots, output_dir: Path) -> DataPlan:
+    recipe = slots.recipe
+    assert recipe.data.path is not None
+    path = recipe.base / Path(recipe.data.path).expanduser()
+    sources = Sources.find(str(path.resolve()) if path.exists() else recipe.data.path, exclude=output_dir)
+    readers = tuple(slots.candidates("readers", recipe.data.readers)[0])
+    extractors = tuple(slots.named("extractors", c) for c in recipe.data.extractors)
+    relay = bind(Extractors, [(c.entry.full_name, c.component) for c in extractors])  # the first answer wins
+    taken: Counter[str] = Counter()
+    documents = Documents(sources, _Pick(readers, taken), lambda record: relay.extract(record=record))
+    return DataPlan(documents=documents, readers=readers, extractors=extractors, taken=taken)
+
+
+def plan_model(
+    recipe: Recipe, registry: Registry, machine: Machine, *, data_bytes: int = 0, training: bool = True
+) -> ModelPlan:
+    """The model's part of a plan, also made for a folder that only generates."""
+    slots = Slots(registry, recipe)
+    if recipe.model is None:
+        raise RecipeError(
+            f"{recipe.text.place(())}: model is missing: e.g. `model: {{use: preset, size: tiny}}` for a new model, or "
+            "`model: {use: pretrained, path: FOLDER_OR_HUB_NAME}` to fine-tune one"
+        )
+    model = choose("model", [slots.named("models", recipe.model)], lambda m: _bound(Models, m).probe(), "recipe")
+    models = _bound(Models, model.component)
+    wanted, by = recipe.tokenizer, "recipe"
+    if wanted is None or wanted == AUTO:
+        named = dict(models.tokenizer())
+        wanted, by = Component(use=named.pop("use"), options=named, at=("tokenizer",)), "default"
+    told = f"{model.entry.name} goes with it" if by == "default" else "named in the recipe"
+    tokenizer = choose("tokenizer", [slots.named("tokenizers", wanted)], lambda t: Accept(why=told), by)
+    vocabulary = _bound(Tokenizers, tokenizer.component).vocab_size(data_bytes=data_bytes)
+    shape = models.shape(vocab_size=vocabulary.value)
+    dtype = _compute_dtype(recipe, machine)
+    tokens = recipe.data.max_seq_length * recipe.train.per_device_train_batch_size
+    request = ParallelRequest(
+        world_size=machine.world_size,
+        device=machine.device,
+        shape=shape,
+        memory_needed=training_memory(shape, tokens=tokens, dtype=dtype).total,
+        memory_available=machine.memory,
+    )
+    strategies, by = slots.candidates("parallel", [recipe.parallel])
+    parallel = choose("parallel", strategies, lambda p: _bound(Parallel, p).probe(request=request), by)
+    layout = parallel.accept.layout or Layout()
+    kernels = {
+        operation: _kernel(slots, operation, KernelRequest(
+            operation=operation, device=machine.device, dtype=dtype, shape=shape, training=training, tensor=layout.tensor
+        ))
+        for operation in shape.operations
+    }  # fmt: skip
+    return ModelPlan(
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        model=model,
+        shape=shape,
+        dtype=dtype,
+        parallel=parallel,
+        layout=layout,
+        kernels=kernels,
+    )
+
+
+def _kernel(slots: Slots, operation: str, request: KernelRequest) -> Choice:
+    wanted = slots.recipe.kernels.get(operation, slots.recipe.kernels.get("*", AUTO))
+    candidates, by = slots.candidates("kernels", [wanted])
+    return choose(f"kernels.{operation}", candidates, lambda k: _bound(Kernels, k).probe(request=request), by)
+
+
+def _compute_dtype(recipe: Recipe, machine: Machine) -> str:
+    wanted = recipe.train.mixed_precision
+    if wanted == "auto":
+        wanted = "bf16" if machine.device == "cuda" else "fp32"
+    return {"bf16": "bfloat16", "fp32": "float32"}[wanted]

@@ -1,0 +1,273 @@
+"""The recipe: what a person writes down, as frozen classes.
+
+It holds names and raw options and knows no plugin: the plan finds the components and checks their options. So a recipe
+can be read, changed and written back where none of its components is installed, at the price that a wrong option of a
+component is met one step later.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+from attrs import field, frozen
+
+from nanovllm_core.contracts import OPERATIONS
+from nanovllm_core.errors import RecipeError, nearest
+from nanovllm_core.options import INTERNAL, Bounds, above, at_least, below, shown
+from nanovllm_core.overrides import COMPONENT, COMPONENT_LIST, KERNELS, TEXT_LIST, override, slot
+from nanovllm_core.structure import line, structure
+from nanovllm_core.yamltext import KeyPath, Text, dump, parse, read
+
+
+@frozen(kw_only=True)
+class Component:
+    """A component as a recipe names it: `{use: NAME, ...its options}`, or the bare name."""
+
+    use: str
+    options: Mapping[str, Any] = field(factory=dict)
+    at: KeyPath = field(default=(), eq=False, repr=False, metadata=INTERNAL)  # where in the recipe
+
+    def to_data(self) -> Any:
+        """The bare name when there are no options."""
+        return {"use": self.use, **copy.deepcopy(dict(self.options))} if self.options else self.use
+
+
+AUTO = Component(use="auto")
+"""Let the plan choose among the installed components of the kind, and say why."""
+
+
+@frozen(kw_only=True)
+class Data:
+    """The documents and how they become training sequences.
+
+    path: file or folder of documents (sub-folders included); relative ones count from the recipe's folder
+    readers: components that open files; `auto` chooses for each file
+    extractors: components that find the text in a record; asked in order, the first answer wins
+    max_seq_length: tokens of one training sequence
+    concatenate_documents: join all documents into one stream before cutting, instead of cutting each by itself
+    document_separator: text between documents when they are joined
+    chunk_overlap: tokens that a chunk repeats from the one before; null: 128, or a quarter of max_seq_length if less
+    min_chunk_size: tokens; a shorter rest joins the chunk before it
+    eval_fraction: share of the documents held out for evaluation; 0 turns evaluation off
+    """
+
+    path: str | None = None
+    readers: tuple[Component, ...] = (AUTO,)
+    extractors: tuple[Component, ...] = (Component(use="fields"),)
+    max_seq_length: int = field(default=2048, validator=at_least(2))
+    concatenate_documents: bool = False
+    document_separator: str = "\n\n---\n\n"
+    chunk_overlap: int | None = field(default=None, validator=at_least(0))
+    min_chunk_size: int = field(default=100, validator=at_least(1))
+    eval_fraction: float = field(default=0.05, validator=[at_least(0), below(1)])
+
+    @chunk_overlap.validator
+    def _shorter_than_a_chunk(self, attribute: Any, value: int | None) -> None:
+        if value is not None and value >= self.max_seq_length:
+            raise ValueError(f"got {value}, below max_seq_length ({self.max_seq_length})")
+
+
+@frozen(kw_only=True)
+class Train:
+    """Optimisation, evaluation, saving.
+
+    learning_rate: the highest, reached after warm-up
+    weight_decay: AdamW's, on matrices
+    beta1: AdamW's decay of the mean gradient
+    beta2: AdamW's decay of the mean squared gradient
+    per_device_train_batch_size: sequences in one forward pass on one device
+    gradient_accumulation_steps: forward passes to one optimizer step
+    global_batch_size: sequences to one optimizer step over all devices; overrides gradient_accumulation_steps
+    num_train_epochs: passes over the documents
+    max_steps: stop after this many optimizer steps; null: as many as num_train_epochs needs
+    warmup_steps: optimizer steps from zero to learning_rate; null: 100, or a tenth of the run if less
+    lr_scheduler_type: how the learning rate falls after warm-up
+    mixed_precision: compute type; auto is bf16 on GPU and fp32 on CPU
+    gradient_clipping: largest global norm of the gradient; 0 is off
+    eval_steps: optimizer steps between evaluations
+    save_steps: optimizer steps between checkpoints
+    logging_steps: optimizer steps between logged figures
+    seed: of new weights, the held-out split and the order of samples
+    """
+
+    learning_rate: float = field(default=5e-5, validator=above(0))
+    weight_decay: float = field(default=0.01, validator=at_least(0))
+    beta1: float = field(default=0.9, validator=[at_least(0), below(1)])
+    beta2: float = field(default=0.95, validator=[at_least(0), below(1)])
+    per_device_train_batch_size: int = field(default=2, validator=at_least(1))
+    gradient_accumulation_steps: int = field(default=4, validator=at_least(1))
+    global_batch_size: int | None = field(default=None, validator=at_least(1))
+    num_train_epochs: int | float = field(default=3, validator=above(0))
+    max_steps: int | None = field(default=None, validator=at_least(1))
+    warmup_steps: int | None = field(default=None, validator=at_least(0))
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    mixed_precision: Literal["auto", "bf16", "fp32"] = "auto"
+    gradient_clipping: float = field(default=1.0, validator=at_least(0))
+    eval_steps: int = field(default=500, validator=at_least(1))
+    save_steps: int = field(default=1000, validator=at_least(1))
+    logging_steps: int = field(default=10, validator=at_least(1))
+    seed: int = field(default=42, validator=[at_least(0), below(2**63)])
+
+
+@frozen(kw_only=True)
+class Generate:
+    """What the finished model is asked.
+
+    prompts: texts to continue when training is over
+    max_tokens: longest answer
+    temperature: 0 takes the likeliest token, higher is more varied
+    top_k: draw from this many likeliest tokens; null: all
+    top_p: draw from the likeliest tokens that together have this probability
+    seed: of the draws
+    stop: texts that end an answer, and are left out of it
+    """
+
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = field(default=64, validator=at_least(1))
+    temperature: float = field(default=0.7, validator=at_least(0))
+    top_k: int | None = field(default=None, validator=at_least(1))
+    top_p: float = field(default=0.95, validator=Bounds(low=0, high=1, open_low=True))
+    seed: int = field(default=42, validator=[at_least(0), below(2**63)])
+    stop: tuple[str, ...] = ()
+
+
+def _for_all(kernels: Mapping[str, Component]) -> dict[str, Component]:
+    return {"*": AUTO, **kernels}
+
+
+@frozen(kw_only=True)
+class Recipe:
+    """One training run, or one model to generate with.
+
+    data: the documents
+    tokenizer: component; null: the one that goes with the model
+    model: component: `preset` for a new model, `pretrained` to fine-tune one
+    kernels: operation -> component, `"*"` for all others; one component alone serves all
+    parallel: component that spreads the model over devices
+    train: optimisation, evaluation, saving
+    generate: what the finished model is asked
+    callbacks: components that watch the run
+    output_dir: folder of the result; relative ones count from the recipe's folder
+    """
+
+    data: Data = field(factory=Data)
+    tokenizer: Component | None = None
+    model: Component | None = None
+    kernels: Mapping[str, Component] = field(factory=dict, converter=_for_all)
+    parallel: Component = AUTO
+    train: Train = field(factory=Train)
+    generate: Generate = field(factory=Generate)
+    callbacks: tuple[Component, ...] = (Component(use="progress"), Component(use="metrics"))
+    output_dir: str = "./checkpoints"
+    text: Text = field(factory=Text, eq=False, repr=False, metadata=INTERNAL)  # places, for messages
+    base: Path = field(factory=Path.cwd, eq=False, repr=False, metadata=INTERNAL)  # relative paths count from here
+
+    @classmethod
+    def load(cls, path: Path | str, sets: Sequence[str] = ()) -> Recipe:
+        """The recipe of a YAML file, changed by `KEY=VALUE` settings. Raises RecipeError with every problem's place."""
+        return _make(read(path), Path(path).absolute().parent, sets)
+
+    @classmethod
+    def from_text(cls, text: str, file: str = "recipe", base: Path | None = None, sets: Sequence[str] = ()) -> Recipe:
+        """The recipe of a YAML text; `file` names it in messages, relative paths count from `base`."""
+        return _make(parse(text, file), base or Path.cwd(), sets)
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], base: Path | None = None, sets: Sequence[str] = ()) -> Recipe:
+        """The recipe of plain data, as YAML would hold it."""
+        return _make(Text(copy.deepcopy(dict(data))), base or Path.cwd(), sets)
+
+    def to_data(self) -> dict[str, Any]:
+        """Every key as plain data; a component without options is its bare name. `from_data` is the inverse."""
+        return {a.name: _plain(getattr(self, a.name)) for a in attrs.fields(Recipe) if a.metadata != INTERNAL}
+
+    def to_yaml(self) -> str:
+        """Every key as YAML. `from_text` is the inverse."""
+        return dump(self.to_data())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Component):
+        return value.to_data()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return _plain(value["*"]) if list(value) == ["*"] else {key: _plain(item) for key, item in value.items()}
+    if attrs.has(type(value)):
+        return {a.name: _plain(getattr(value, a.name)) for a in attrs.fields(type(value))}
+    return value
+
+
+# ---------------------------------------------------------------- from data to classes
+
+
+def _make(text: Text, base: Path, sets: Sequence[str]) -> Recipe:
+    if text.data is None:
+        text = attrs.evolve(text, data={})
+    if not isinstance(text.data, dict):
+        raise RecipeError(f"{text.place(())}: got {shown(text.data)}; a recipe is a mapping: data, model, train, ...")
+    for setting in sets:
+        text = override(text, setting, Recipe)
+    problems: list[str] = []
+    data = _with_components(text.data, (), text, problems)
+    try:
+        recipe = structure(data, Recipe, places=text)
+    except RecipeError as e:
+        raise RecipeError("\n".join([*problems, str(e)])) from None
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return attrs.evolve(recipe, text=text, base=base)
+
+
+def _with_components(data: dict[str, Any], path: KeyPath, text: Text, problems: list[str]) -> dict[str, Any]:
+    """`data` with a Component wherever the recipe holds one, and lists where one item may stand for itself."""
+    made: dict[str, Any] = {}
+    for key, value in data.items():
+        at, kind = (*path, key), slot((*path, key))
+        if kind == COMPONENT:
+            optional = key in ("tokenizer", "model")
+            made[key] = None if value is None and optional else _component(value, at, text, problems)
+        elif kind == COMPONENT_LIST:
+            many = isinstance(value, list)
+            items = value if many else [value]
+            made[key] = tuple(_component(v, (*at, i) if many else at, text, problems) for i, v in enumerate(items))
+        elif kind == KERNELS:
+            made[key] = _kernels(value, at, text, problems)
+        elif kind == TEXT_LIST and isinstance(value, str):
+            made[key] = [value]
+        elif not path and isinstance(value, dict):
+            made[key] = _with_components(value, at, text, problems)
+        else:
+            made[key] = value
+    return made
+
+
+def _component(value: Any, at: KeyPath, text: Text, problems: list[str]) -> Component:
+    name = value.get("use") if isinstance(value, dict) else value
+    if isinstance(name, str) and name:
+        options = {k: v for k, v in value.items() if k != "use"} if isinstance(value, dict) else {}
+        return Component(use=name, options=options, at=at)
+    if not isinstance(value, dict):
+        problem = f"got {shown(value)}, expected a component's name or `{{use: NAME, ...its options}}`"
+    elif "use" in value:
+        at, problem = (*at, "use"), f"got {shown(name)}, expected a component's name"
+    else:
+        given = next((f" ({k!r} is given{nearest(k, ['use'])})" for k in value), "")
+        problem = f"'use' is missing: the component's name{given}"
+    problems.append(line(problem, at, text))
+    return AUTO
+
+
+def _kernels(value: Any, at: KeyPath, text: Text, problems: list[str]) -> dict[str, Component]:
+    if not isinstance(value, dict) or "use" in value:
+        return {"*": _component(value, at, text, problems)}
+    known = (*OPERATIONS, "*")
+    for key in value:
+        if key not in known:
+            what = f"unknown operation {key!r}{nearest(key, known)} (allowed: {', '.join(known)})"
+            problems.append(line(what, (*at, key), text, key=True))
+    return {key: _component(v, (*at, key), text, problems) for key, v in value.items() if key in known}

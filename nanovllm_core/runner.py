@@ -1,0 +1,147 @@
+"""Plan -> Run: documents, tokens, model, steps, checkpoints, export, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanovllm_core.assemble import assemble, models_of
+from nanovllm_core.contracts import Parallelized
+from nanovllm_core.corpus import Corpus, batches, phase, prepare
+from nanovllm_core.errors import RefusedError
+from nanovllm_core.hookspecs import Callbacks
+from nanovllm_core.inference.generate import generate
+from nanovllm_core.inference.sampling import SamplingParams
+from nanovllm_core.lock import identity, lock_of, sequences_per_step
+from nanovllm_core.output import TOKENS, claimed, settle, write_lock
+from nanovllm_core.plan import Plan
+from nanovllm_core.training import checkpoint
+from nanovllm_core.training.export import export, write_config
+from nanovllm_core.training.trainer import Settings, Trainer
+from nanovllm_core.weights import ModelFolder
+
+
+def run(plan: Plan, callbacks: Sequence[object] = ()) -> Path:
+    """Do what the plan says; the folder of the finished model.
+
+    Callbacks are the recipe's, then these (instances with `@hookimpl` methods of `hookspecs.Callbacks`). The same run
+    again goes on from its newest sound checkpoint, or, when it is finished, changes nothing.
+    """
+    events, folder = plan.events(tuple(callbacks)), plan.output_dir
+    if plan.machine.world_size > 1:
+        raise RefusedError(f"parallel: {plan.machine.world_size} processes were started; runs use one for now")
+    events.run_started(plan=plan)
+    for suffix, count in sorted(plan.data.documents.unknown.items()):
+        events.note(text=f"{count} files of kind {suffix or '(no suffix)'} are left out: no reader takes them")
+    with claimed(folder):
+        fingerprint = plan.data.documents.fingerprint(phase(events, "hashing", "bytes"))
+        who = identity(plan, fingerprint)
+        found = settle(folder, who, lambda text: events.note(text=text))
+        write_lock(folder, lock_of(plan, fingerprint))
+        corpus = prepare(plan, fingerprint, folder / TOKENS, events)
+        _Job(plan, corpus, who, events).run(found)
+    events.run_finished(output_dir=folder)
+    return folder
+
+
+class _Job:
+    """The part of a run that has a model."""
+
+    def __init__(self, plan: Plan, corpus: Corpus, identity: str, events: Callbacks) -> None:
+        self.plan, self.corpus, self.identity, self.events = plan, corpus, identity, events
+        self.folder = plan.output_dir
+        self.config = models_of(plan.model).config(shape=plan.model.shape)
+
+    def run(self, found: tuple[Path, checkpoint.State] | None) -> None:
+        state = found[1] if found else None
+        trainer, settings = self.trainer(found)
+        if state is not None and state.step >= settings.total_steps and (self.folder / "config.json").is_file():
+            self.events.note(
+                text=f"this run is finished ({state.step} steps); to go on, raise train.num_train_epochs or train.max_steps"
+            )
+            return
+        if state is not None:
+            self.events.note(text=f"going on from checkpoint-{state.step}")
+            if state.total_steps != settings.total_steps:
+                self.events.note(
+                    text=f"the learning rate's schedule is laid out anew over {settings.total_steps} steps "
+                    f"(it was {state.total_steps})"
+                )
+        trainer.run(self.save)
+        model = trainer.model
+        export(self.folder, model.full_state(), self.config, self.corpus.tokenizer, self.plan.model.shape.dtype)
+        self.generate(model)
+
+    def trainer(self, found: tuple[Path, checkpoint.State] | None) -> tuple[Trainer, Settings]:
+        plan, train = self.plan, self.plan.recipe.train
+        saved = ModelFolder.open(found[0]) if found else None
+        model = assemble(
+            plan.model, plan.machine.device, seed=train.seed, training=True, weight=saved.tensor if saved else None
+        )
+        rows = sequences_per_step(plan)
+        data = batches(plan, self.corpus, rows, model.data_rank, model.data_size)
+        position = found[1].position if found else 0
+        done = found[1].step if found else 0
+        left = 0 if data.total is None else max(0, -(-(data.total - position) // rows))
+        total = train.max_steps or done + left
+        settings = Settings(
+            total_steps=total,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            betas=(train.beta1, train.beta2),
+            warmup_steps=train.warmup_steps if train.warmup_steps is not None else min(100, total // 10),
+            schedule=train.lr_scheduler_type,
+            clipping=train.gradient_clipping,
+            logging_steps=train.logging_steps,
+            eval_steps=train.eval_steps,
+            save_steps=train.save_steps,
+        )
+        if settings.warmup_steps >= total:
+            self.events.note(
+                text=f"train.warmup_steps is {settings.warmup_steps} and the run has {total} steps: the learning rate never "
+                f"reaches {train.learning_rate}"
+            )
+        trainer = Trainer(model, data, settings, self.events, self.corpus.evaluation)
+        if found:
+            path, state = found
+            checkpoint.load_optimizer(path, trainer.optimizer, model.module.named_parameters())
+            checkpoint.set_random_state(state.random[0])
+            trainer.step, trainer.position, trainer.metrics = state.step, state.position, state.metrics
+        return trainer, settings
+
+    def save(self, trainer: Trainer) -> None:
+        state = checkpoint.State(
+            step=trainer.step,
+            position=trainer.position,
+            total_steps=trainer.settings.total_steps,
+            identity=self.identity,
+            metrics=trainer.metrics,
+            random=[checkpoint.random_state()],
+        )
+        path = checkpoint.save(
+            self.folder,
+            state,
+            trainer.model.full_state(),
+            trainer.optimizer,
+            trainer.model.module.named_parameters(),
+            lambda partial: write_config(partial, self.config, self.corpus.tokenizer, "float32"),
+        )
+        self.events.checkpoint_saved(step=trainer.step, path=path)
+
+    def generate(self, model: Parallelized) -> None:
+        g = self.plan.recipe.generate
+        params = SamplingParams(
+            temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, max_tokens=g.max_tokens, stop=g.stop, seed=g.seed
+        )
+        shape = self.plan.model.shape
+        outputs = generate(
+            model.module,
+            self.corpus.tokenizer,
+            list(g.prompts),
+            [params] * len(g.prompts),
+            shape=shape,
+            device=self.plan.machine.device,
+            max_len=shape.max_positions,
+        )
+        for prompt, output in zip(g.prompts, outputs, strict=True):
+            self.events.generated(prompt=prompt, text=output["text"])

@@ -1,0 +1,58 @@
+"""The final model as a Hugging Face folder that transformers, vLLM and our own engine open unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm_core.contracts import Tokenizer
+from nanovllm_core.files import sync
+
+
+def write_config(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, dtype: str) -> None:
+    """`config.json`, `generation_config.json` and the tokenizer's files."""
+    begin = tokenizer.prefix_ids[0] if tokenizer.prefix_ids else None
+    config = {**config, "dtype": dtype}
+    for key, value in (("bos_token_id", begin), ("eos_token_id", tokenizer.end_id)):
+        if config.get(key) is None and value is not None:
+            config[key] = value
+    stops = list(tokenizer.stop_ids)
+    generation = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+    if config.get("bos_token_id") is not None:
+        generation["bos_token_id"] = config["bos_token_id"]
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tokenizer.save(folder)
+
+
+def export(
+    folder: Path, weights: Iterable[tuple[str, Tensor]], config: dict[str, Any], tokenizer: Tokenizer, dtype: str
+) -> None:
+    """Write the model into `folder`, which may hold other things: each file is complete before it takes its name.
+
+    Weights go out in `dtype` ("float32" | "bfloat16" | "float16"), in shards of at most 5 GB.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    partial = folder / ".export.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        state = {name: t.detach().to("cpu", getattr(torch, dtype)).contiguous() for name, t in weights}
+        save_torch_state_dict(state, partial, safe_serialization=True)
+        write_config(partial, config, tokenizer, dtype)
+        for path in sorted(
+            partial.iterdir(), key=lambda p: p.name == "config.json"
+        ):  # config.json last: it marks a model
+            sync(path)
+            os.replace(path, folder / path.name)
+        sync(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Kernels: implementations of the operations that models call (`nanovllm_core.contracts.Ops`)."""

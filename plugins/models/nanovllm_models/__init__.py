@@ -1,0 +1,1 @@
+"""Models: one native decoder-only transformer, of a preset size with random weights, or pretrained."""

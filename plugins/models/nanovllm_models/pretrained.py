@@ -1,0 +1,140 @@
+"""The `pretrained` model: a Hugging Face model folder of a supported family, on the native transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from nanovllm_core.contracts import Accept, ModelRef, Module, Ops, Refuse, Shape, Verdict
+from nanovllm_core.errors import ModelError
+from nanovllm_core.hookspecs import hookimpl
+from nanovllm_core.hub import resolve
+from nanovllm_core.weights import CONFIG, INDEX, SINGLE, ModelFolder, read_config
+from nanovllm_models.config import TransformerConfig, parameter_shapes
+from nanovllm_models.families import from_huggingface
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@frozen(kw_only=True, eq=False)
+class Pretrained:
+    """A pretrained model of the Llama or Qwen3 family, from a folder or the Hugging Face hub.
+
+    path: the model's folder (relative ones count from the recipe's folder) or its hub name, such as Qwen/Qwen3-0.6B
+    """
+
+    path: ModelRef
+
+    @hookimpl
+    def probe(self) -> Verdict:
+        try:
+            c = self._config(read_config(resolve(self.path, weights=False)))
+        except ModelError as e:
+            return Refuse(str(e))
+        return Accept(0, f"{c.family} on the native transformer")
+
+    @hookimpl
+    def tokenizer(self) -> Mapping[str, Any]:
+        return {"use": "hf", "path": self.path}
+
+    @hookimpl
+    def shape(self, vocab_size: int) -> Shape:
+        """The outline of the folder's model, after comparing the tensors that it holds with those that it should."""
+        from nanovllm_models.preset import outline
+
+        folder = self._folder()
+        c = self._config(folder.config)
+        if vocab_size > c.vocab_size:
+            raise ModelError(
+                f"{self.path}: the tokenizer has {vocab_size:,} ids, the model's embedding has {c.vocab_size:,} rows. "
+                "Use the model's own tokenizer (leave `tokenizer` out of the recipe)"
+            )
+        self._compare(folder, c)
+        return outline(c, dtype=folder.dtype)
+
+    @hookimpl
+    def build(self, shape: Shape, ops: Ops) -> Module:
+        import torch
+
+        from nanovllm_models.transformer import Transformer
+
+        with torch.device("meta"):
+            return Transformer(self._config(self._folder().config), ops)
+
+    @hookimpl
+    def weight(self, shape: Shape, name: str, seed: int) -> Tensor:
+        """The parameter as stored, in the stored dtype."""
+        import torch
+
+        folder = self._folder()
+        expected = parameter_shapes(self._config(folder.config)).get(name)
+        if expected is None:
+            raise ModelError(f"{self.path}: this model has no parameter {name!r}")
+        if folder.shape(name) != expected:
+            raise self._misshapen(folder, name, expected)
+        tensor = folder.tensor(name)
+        if shape.tied and name == EMBEDDING and HEAD in folder.names() and not torch.equal(tensor, folder.tensor(HEAD)):
+            raise ModelError(
+                f"{self.path}: config.json says tie_word_embeddings, but {HEAD} and {EMBEDDING} are stored and differ. "
+                "Set tie_word_embeddings to false in config.json if the output layer was trained apart"
+            )
+        return tensor
+
+    @hookimpl
+    def config(self, shape: Shape) -> dict[str, Any]:
+        return dict(self._folder().config)
+
+    def _folder(self) -> ModelFolder:
+        path = resolve(self.path)
+        return _opened(path, tuple(_stamp(path / name) for name in (CONFIG, SINGLE, INDEX)))
+
+    def _config(self, config: Mapping[str, Any]) -> TransformerConfig:
+        try:
+            return from_huggingface(config)
+        except ModelError as e:
+            raise ModelError(f"{self.path}: {e}") from None
+
+    def _compare(self, folder: ModelFolder, c: TransformerConfig) -> None:
+        expected, held = parameter_shapes(c), set(folder.names())
+        missing = [name for name in expected if name not in held]
+        known = {*expected, HEAD} if c.tied else set(expected)
+        unknown = sorted(name for name in held - known if not name.endswith("rotary_emb.inv_freq"))
+        if missing or unknown:
+            raise ModelError(
+                f"{self.path}: its tensors are not those of a {c.family} model with {c.layers} layers. "
+                f"Missing: {_some(missing)}. Unknown: {_some(unknown)}"
+            )
+        for name, wanted in expected.items():
+            if folder.shape(name) != wanted:
+                raise self._misshapen(folder, name, wanted)
+
+    def _misshapen(self, folder: ModelFolder, name: str, wanted: tuple[int, ...]) -> ModelError:
+        return ModelError(
+            f"{self.path}: {name} is stored as {list(folder.shape(name))}, config.json says {list(wanted)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or "none") + more
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Changes when the file does."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return (0, 0)
+    return (stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4)  # weights are asked for one by one; headers are read once
+def _opened(path: Path, stamps: tuple[tuple[int, int], ...]) -> ModelFolder:
+    return ModelFolder.open(path)

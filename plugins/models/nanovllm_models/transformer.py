@@ -1,0 +1,138 @@
+"""The native decoder-only transformer of the Llama and Qwen3 families (`contracts.Module`).
+
+It is only wiring: every operation is a callable of `Ops`, on plain local tensors of packed documents. Parameters have
+the Hugging Face names, so loading and export are copies; tied weights are one Parameter, under the embedding's name.
+There are no buffers: cos and sin are made once a forward, from positions, in fp32, and handed to the blocks. A block
+knows neither its index nor the others, so blocks can be sharded, compiled and checkpointed one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm_core.contracts import KV, Batch, Ops
+from nanovllm_models.config import TransformerConfig
+from nanovllm_models.rope import cos_sin
+
+ROLES: Mapping[str, str] = {
+    "model.embed_tokens.weight": "vocab",
+    "lm_head.weight": "vocab",
+    **{f"model.layers.*.self_attn.{p}_proj.*": "column" for p in "qkv"},
+    "model.layers.*.self_attn.o_proj.weight": "row",
+    **{f"model.layers.*.mlp.{p}_proj.*": "column" for p in ("gate", "up")},
+    "model.layers.*.mlp.down_proj.weight": "row",
+}
+"""How tensor parallelism splits parameters; what no pattern names (norms, biases of row splits) every rank holds."""
+
+
+class Transformer(nn.Module):
+    """Tokens to logits, or to the summed loss. Make it under `torch.device("meta")` and fill it by name."""
+
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.ops, self.roles = config, ops, ROLES
+        self.model = _Body(config, ops)
+        if not config.tied:
+            self.lm_head = _Weights(config.vocab_size, config.hidden)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.model.layers
+
+    def forward(
+        self, tokens: Tensor, batch: Batch, kv: Sequence[KV] | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        """tokens [T] int64. With targets [T]: the summed loss, fp32 scalar. Else fp32 logits [n, V] of `batch.select`."""
+        x_TC = self.model(tokens, batch, kv)
+        head_VC = self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
+        if targets is not None:
+            return self.ops.linear_cross_entropy(x_TC, head_VC, targets)
+        return self.ops.linear(x_TC if batch.select is None else x_TC[batch.select], head_VC, None).float()
+
+
+class _Body(nn.Module):
+    """Embedding, blocks, final norm: [T] -> [T, C]."""
+
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.embed_tokens = _Weights(config.vocab_size, config.hidden)
+        self.layers = nn.ModuleList(_Block(config, ops) for _ in range(config.layers))
+        self.norm = _Weights(config.hidden)
+
+    def forward(self, tokens: Tensor, batch: Batch, kv: Sequence[KV] | None) -> Tensor:
+        cos_TH, sin_TH = cos_sin(self.config.rope, self.config.head_dim, batch.positions)
+        x_TC = self.ops.embedding(tokens, self.embed_tokens.weight)
+        caches: Sequence[KV | None] = [None] * len(self.layers) if kv is None else kv
+        for block, cache in zip(self.layers, caches, strict=True):
+            x_TC = block(x_TC, cos_TH, sin_TH, batch, cache)
+        return self.ops.rms_norm(x_TC, self.norm.weight, self.config.norm_eps)
+
+
+class _Block(nn.Module):
+    """Attention, then MLP, each behind a norm and added to its input."""
+
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.eps, self.ops = config.norm_eps, ops
+        self.input_layernorm = _Weights(config.hidden)
+        self.self_attn = _Attention(config, ops)
+        self.post_attention_layernorm = _Weights(config.hidden)
+        self.mlp = _MLP(config, ops)
+
+    def forward(self, x_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, batch: Batch, kv: KV | None) -> Tensor:
+        h_TC = self.ops.rms_norm(x_TC, self.input_layernorm.weight, self.eps)
+        x_TC = x_TC + self.self_attn(h_TC, cos_TH, sin_TH, batch, kv)
+        h_TC = self.ops.rms_norm(x_TC, self.post_attention_layernorm.weight, self.eps)
+        return x_TC + self.mlp(h_TC)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.head_dim, self.eps, self.ops = config.head_dim, config.norm_eps, ops
+        query, cache = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = _Weights(query, config.hidden, bias=config.attention_bias)
+        self.k_proj = _Weights(cache, config.hidden, bias=config.attention_bias)
+        self.v_proj = _Weights(cache, config.hidden, bias=config.attention_bias)
+        self.o_proj = _Weights(config.hidden, query, bias=config.attention_bias)
+        self.q_norm = _Weights(config.head_dim) if config.qk_norm else None
+        self.k_norm = _Weights(config.head_dim) if config.qk_norm else None
+
+    def forward(self, x_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, batch: Batch, kv: KV | None) -> Tensor:
+        ops, heads = self.ops, (x_TC.shape[0], -1, self.head_dim)  # -1: a tensor-parallel rank holds part of the heads
+        q_TNH = ops.linear(x_TC, self.q_proj.weight, self.q_proj.bias).view(heads)
+        k_TKH = ops.linear(x_TC, self.k_proj.weight, self.k_proj.bias).view(heads)
+        v_TKH = ops.linear(x_TC, self.v_proj.weight, self.v_proj.bias).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TNH = ops.rms_norm(q_TNH, self.q_norm.weight, self.eps)
+            k_TKH = ops.rms_norm(k_TKH, self.k_norm.weight, self.eps)
+        q_TNH, k_TKH = ops.rotary(q_TNH, k_TKH, cos_TH, sin_TH)
+        o_TNH = ops.attention(q_TNH, k_TKH, v_TKH, batch, kv)
+        return ops.linear(o_TNH.flatten(1), self.o_proj.weight, self.o_proj.bias)
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.gate_proj = _Weights(config.intermediate, config.hidden, bias=config.mlp_bias)
+        self.up_proj = _Weights(config.intermediate, config.hidden, bias=config.mlp_bias)
+        self.down_proj = _Weights(config.hidden, config.intermediate, bias=config.mlp_bias)
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        gate = self.ops.linear(x_TC, self.gate_proj.weight, self.gate_proj.bias)
+        up = self.ops.linear(x_TC, self.up_proj.weight, self.up_proj.bias)
+        return self.ops.linear(self.ops.swiglu(gate, up), self.down_proj.weight, self.down_proj.bias)
+
+
+class _Weights(nn.Module):
+    """Parameters under their Hugging Face name; what is done with them is an operation's business."""
+
+    def __init__(self, *shape: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None

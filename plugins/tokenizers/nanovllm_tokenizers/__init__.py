@@ -1,0 +1,1 @@
+"""Bundled tokenizers: an existing one (hf), or one made from the documents (bpe)."""

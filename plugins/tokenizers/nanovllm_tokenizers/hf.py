@@ -1,0 +1,126 @@
+"""The tokenizer of an existing model: a folder or hub name, opened by transformers, used through its Rust part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from nanovllm_core import hub
+from nanovllm_core.contracts import Decision, ModelRef, Tokenizer
+from nanovllm_core.errors import ModelError
+from nanovllm_core.hookspecs import hookimpl
+from nanovllm_tokenizers.fast import FastTokenizer
+
+PROBES = ("a", "Hello world")
+
+
+@frozen(kw_only=True, eq=False)
+class Hf:
+    """The tokenizer of an existing model, by folder or hub name.
+
+    path: folder with tokenizer.json, or hub name such as Qwen/Qwen3-0.6B
+    """
+
+    path: ModelRef
+
+    @hookimpl
+    def vocab_size(self, data_bytes: int) -> Decision:
+        """One more than its highest id."""
+        tokenizer = load(str(self.path))
+        return Decision(tokenizer.vocab_size, f"the tokenizer of {self.path} has {tokenizer.vocab_size:,} ids")
+
+    @hookimpl
+    def make(self, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
+        """The tokenizer as it is; the texts are not looked at."""
+        return load(str(self.path))
+
+
+def load(path: str) -> HfTokenizer:
+    """The tokenizer of a folder or hub name; opened once as long as its files stay the same. Raises ModelError."""
+    folder = hub.resolve(path, weights=False)
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt"))
+    return _load(folder, tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in files))
+
+
+@lru_cache(maxsize=2)
+def _load(folder: Path, state: object) -> HfTokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        opened = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as e:  # the Rust parser raises bare Exception
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        raise ModelError(f"{folder}: no tokenizer that transformers can open there ({lines[0]})") from e
+    return HfTokenizer(opened, folder)
+
+
+class HfTokenizer(FastTokenizer):
+    """A transformers tokenizer, by its backend."""
+
+    def __init__(self, opened: Any, folder: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        backend = getattr(opened, "backend_tokenizer", None)
+        if not isinstance(backend, Backend):
+            raise ModelError(
+                f"{folder}: its tokenizer ({type(opened).__name__}) has no fast backend; save it once with "
+                "transformers so that the folder holds a tokenizer.json"
+            )
+        if opened.eos_token_id is None:
+            raise ModelError(f"{folder}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
+        self.opened, self.folder = opened, folder
+        template = opened.chat_template or ""
+        super().__init__(
+            Backend.from_str(backend.to_str()),
+            prefix_ids=_prefix(opened, folder),
+            end_id=opened.eos_token_id,
+            stop_ids=_stop_ids(folder),
+            template=template if isinstance(template, str) else json.dumps(template, sort_keys=True),
+        )
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, answer_next: bool) -> str:
+        """The chat template applied: markup text. Raises ModelError when there is none or it refuses the messages."""
+        if not self.has_chat_template:
+            raise ModelError(f"{self.folder}: the tokenizer has no chat template")
+        from jinja2 import TemplateError
+
+        try:
+            conversation = [dict(m) for m in messages]
+            return str(self.opened.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer_next))
+        except (TemplateError, ValueError, TypeError, IndexError, KeyError) as e:
+            raise ModelError(f"{self.folder}: the chat template refuses the conversation ({e})") from e
+
+    def save(self, folder: Path) -> None:
+        """Write what transformers writes for it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.opened.save_pretrained(str(folder))
+
+
+def _prefix(opened: Any, folder: Path) -> tuple[int, ...]:
+    """What the tokenizer itself puts before a text."""
+    found = set()
+    for text in PROBES:
+        bare = opened(text, add_special_tokens=False)["input_ids"]
+        full = opened(text, add_special_tokens=True)["input_ids"]
+        starts = [k for k in range(len(full) - len(bare) + 1) if full[k : k + len(bare)] == bare]
+        found.add(tuple(full[: starts[0]]) if starts else None)
+    if len(found) != 1 or None in found:
+        raise ModelError(f"{folder}: its tokenizer changes a text when it adds special tokens, which is not supported")
+    return found.pop() or ()
+
+
+def _stop_ids(folder: Path) -> tuple[int, ...]:
+    """End tokens that generation_config.json names beside the tokenizer's own."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return ()
+    try:
+        given = json.loads(path.read_text("utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as e:
+        raise ModelError(f"{path}: not a JSON object ({e})") from e
+    return tuple(given) if isinstance(given, list) else () if given is None else (int(given),)

@@ -1,0 +1,142 @@
+"""A component that breaks its spec is told so in one sentence; a sound one is called through a typed relay."""
+
+import pytest
+from attrs import define, frozen
+
+from nanovllm_core.contracts import Accept, Document, Record, Segment, Source
+from nanovllm_core.hooks import bind, verify
+from nanovllm_core.hookspecs import SPECS, Callbacks, Extractors, Readers, hookimpl
+
+
+@frozen(kw_only=True, eq=False)
+class Good:
+    """Reads nothing, properly."""
+
+    level: int = 1
+
+    @hookimpl
+    def probe(self, source):
+        return Accept(priority=self.level)
+
+    @hookimpl
+    def read(self, source):
+        return iter([Record(value="x", source=source.name)])
+
+
+@frozen(kw_only=True, eq=False)
+class Missing:
+    @hookimpl
+    def probe(self, source): ...
+
+
+@frozen(kw_only=True, eq=False)
+class Typo(Good):
+    @hookimpl
+    def raed(self, source): ...
+
+
+@frozen(kw_only=True, eq=False)
+class Unmarked(Missing):
+    def read(self, source): ...
+
+
+@frozen(kw_only=True, eq=False)
+class KeywordOnly(Missing):
+    @hookimpl
+    def read(self, *, source): ...
+
+
+@frozen(kw_only=True, eq=False)
+class Defaulted(Missing):
+    @hookimpl
+    def read(self, source=None): ...
+
+
+@frozen(kw_only=True, eq=False)
+class OtherArgument(Missing):
+    @hookimpl
+    def read(self, sources): ...
+
+
+@frozen(kw_only=True, eq=False)
+class Generator(Missing):
+    @hookimpl
+    def read(self, source):
+        yield 1
+
+
+@frozen(kw_only=True)
+class Compares(Good):
+    pass
+
+
+class NotAttrs:
+    @hookimpl
+    def probe(self, source): ...
+
+
+@frozen(kw_only=True, eq=False)
+class NoHooks:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("cls", "kind", "says"),
+    [
+        (Missing, "readers", "lacks the hook 'read'"),
+        (Typo, "readers", "'raed' that readers do not have; did you mean 'read'?"),
+        (Unmarked, "readers", "'read' without @hookimpl"),
+        (KeywordOnly, "readers", "takes 'source' in a way"),
+        (Defaulted, "readers", "gives 'source' a default"),
+        (OtherArgument, "readers", "takes 'sources', which its spec does not give; did you mean 'source'?"),
+        (Generator, "readers", "generator function"),
+        (Compares, "readers", "compares by value"),
+        (NotAttrs, "readers", "not an attrs class"),
+        (NoHooks, "readers", "has no hook"),
+        (NoHooks, "callbacks", "has no hook"),
+        (Good, "models", "'read' that models do not have"),
+        (Good(), "readers", "is Good, not a class"),
+    ],
+)
+def test_a_broken_component_is_named_with_its_fault(cls, kind, says):
+    assert says in verify(kind, cls)
+
+
+def test_a_sound_component_passes():
+    assert verify("readers", Good) is None
+
+
+def test_every_kind_has_hooks_and_their_documentation():
+    for kind, spec in SPECS.items():
+        hooks = [m for n, m in vars(spec).items() if not n.startswith("_") and callable(m)]
+        assert hooks, kind
+        assert all(h.__doc__ for h in hooks), kind
+
+
+def test_relays_answer_with_the_first_result_in_the_order_given():
+    @frozen(kw_only=True, eq=False)
+    class Says:
+        text: str | None
+
+        @hookimpl
+        def extract(self, record):
+            return None if self.text is None else Document(segments=(Segment(self.text),), source="s")
+
+    order = [("a", Says(text=None)), ("b", Says(text="b")), ("c", Says(text="c"))]
+    assert bind(Extractors, order).extract(record=Record(value="", source="s")).text == "b"
+    assert bind(Extractors, order[:1]).extract(record=Record(value="", source="s")) is None
+    source = Source(path="/x", name="x")
+    assert bind(Readers, [("g", Good(level=7))]).probe(source=source).priority == 7
+
+
+def test_two_equal_components_of_one_class_are_both_called():
+    heard = []
+
+    @define(eq=False, kw_only=True)
+    class Hears:
+        @hookimpl
+        def note(self, text):
+            heard.append(text)
+
+    bind(Callbacks, [("1", Hears()), ("2", Hears())]).note(text="hi")
+    assert heard == ["hi", "hi"]

@@ -1,0 +1,76 @@
+"""Names of models: folders, the Hugging Face cache, and what is said when a name is neither."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nanovllm_core.errors import ModelError
+from nanovllm_core.hub import resolve
+
+NAME, REVISION = "some-team/small-model", "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache folder as the hub's client lays it out."""
+    repo = tmp_path / "models--some-team--small-model"
+    snapshot = repo / "snapshots" / REVISION
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(REVISION)
+    (snapshot / "config.json").write_text("{}")
+    return tmp_path
+
+
+def resolved(cache, name, **options):
+    """`resolve` in a process of its own: the hub's client reads its environment once, when it is imported."""
+    code = (
+        "import sys; from nanovllm_core.hub import resolve; from nanovllm_core.errors import ModelError\n"
+        f"try: print(resolve({name!r}, **{options!r}))\nexcept ModelError as e: sys.exit(str(e))"
+    )
+    env = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+
+
+def test_a_folder_is_itself(tmp_path):
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_a_hub_name_is_found_in_the_cache_without_a_network(cache):
+    snapshot = cache / "models--some-team--small-model" / "snapshots" / REVISION
+    done = resolved(cache, NAME, weights=False)
+    assert done.stdout.strip() == str(snapshot), done.stderr
+    (snapshot / "model.safetensors").write_bytes(b"")
+    assert resolved(cache, NAME).stdout.strip() == str(snapshot)
+
+
+def test_a_name_that_is_nowhere_says_how_to_get_it(cache):
+    done = resolved(cache, "some-team/absent")
+    assert done.returncode == 1
+    assert "some-team/absent: not a folder here, not in the Hugging Face cache" in done.stderr
+    assert "hf download some-team/absent" in done.stderr
+
+
+def test_a_cached_model_without_weights_is_not_taken_for_whole(cache):
+    assert "holds no safetensors weights" in resolved(cache, NAME).stderr
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c"])
+def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="no such folder"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(name):
+    with pytest.raises(ModelError, match="empty"):
+        resolve(name)
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="is a file"):
+        resolve(str(tmp_path / "model.gguf"))

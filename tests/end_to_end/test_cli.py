@@ -1,0 +1,113 @@
+"""The command line as a user meets it: real processes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def nanovllm(*arguments, cwd=None):
+    command = [sys.executable, "-m", "nanovllm_core.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_init_run_generate(tmp_path):
+    done = nanovllm("init", "demo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "79 documents" in done.stdout or "documents (" in done.stdout
+    kinds = {p.suffix for p in (tmp_path / "demo" / "documents").rglob("*") if p.is_file()}
+    assert kinds == {".txt", ".json", ".jsonl"}
+    short = ["train.max_steps=4", "train.eval_steps=2", "data.path=documents/notes", "generate.max_tokens=6"]
+    done = nanovllm("run", "demo/recipe.yaml", *(x for s in short for x in ("--set", s)), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "parameters",
+        "vocabulary",
+        "tokenising",
+        "step 4/4",
+        "bits per byte",
+        "continues:",
+        "the model is in",
+    ):
+        assert part in done.stdout
+    assert "\x1b" not in done.stdout
+    done = nanovllm(
+        "generate", "demo/model", "--prompt", "The", "--max-tokens", "5", "--temperature", "0", "--json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["prompt"] == "The"
+    assert len(answer["token_ids"]) <= 5
+    again = nanovllm("init", "demo", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "not an empty folder" in again.stderr
+
+
+def test_explain_prints_every_choice(folder):
+    done = nanovllm("explain", folder / "recipe.yaml", "--set", "train.seed=9")
+    assert done.returncode == 0, done.stderr
+    assert "parameters, 4 layers, hidden 256" in done.stdout
+    assert "kernels       torch from nanovllm" in done.stdout
+    assert "for embedding, linear, rms_norm" in done.stdout
+    assert "jsonl from nanovllm" in done.stdout
+    assert ": 4 files" in done.stdout  # the txt reader's
+    assert "seed: 9 (--set train.seed=9)" in done.stdout
+    assert 'size: "tiny" (' in done.stdout
+    assert "recipe.yaml:3:" in done.stdout
+    assert "(default)" in done.stdout
+    assert ".png are left out" in done.stdout
+    assert not (folder / "out").exists()
+
+
+def test_plugins(tmp_path):
+    rows = json.loads(nanovllm("plugins", "--json", cwd=tmp_path).stdout)
+    assert all(row.keys() == {"kind", "name", "distribution", "version", "state", "summary"} for row in rows)
+    assert {"readers", "extractors", "tokenizers", "models", "kernels", "parallel", "callbacks"} == {
+        r["kind"] for r in rows
+    }
+    table = nanovllm("plugins").stdout
+    assert "tokenizers  bpe" in table
+    shown = nanovllm("plugins", "models:preset").stdout
+    assert "tiny" in shown
+    assert "size:" in shown
+    assert nanovllm("plugins", "models:prset").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "nothere.yaml"], "nothere.yaml"),
+        (["run", "recipe.yaml", "--set", "train.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["run", "recipe.yaml", "--set", "model.use=prset"], "did you mean 'preset'"),
+        (["run", "recipe.yaml", "--set", "model.size=huge"], "size"),
+        (["run", "recipe.yaml", "--set", "model.sise=tiny"], "did you mean 'size'"),
+        (["run", "recipe.yaml", "--without", "kernels:torch"], "kernels.embedding"),
+        (["run", "recipe.yaml", "--set", "tokenizer={use: hf, path: ./nowhere}"], "nowhere"),
+        (["generate", "docs", "--prompt", "x"], "config.json"),
+        (["generate", "nowhere/at/all", "--prompt", "x"], "no such folder"),
+        (["explain", "docs"], "docs"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(folder, arguments, says):
+    done = nanovllm(*arguments, cwd=folder)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("nanovllm: ")
+
+
+def test_help_teaches():
+    for arguments in (["--help"], []):
+        text = nanovllm(*arguments).stdout
+        assert "start here" in text
+        assert "nanovllm init demo" in text
+    text = nanovllm("run", "--help").stdout
+    assert "gradient_accumulation_steps: forward passes to one optimizer step" in text
+    assert "--set train.learning_rate=1e-4" in text
+
+
+def test_version():
+    from importlib.metadata import version
+
+    assert nanovllm("--version").stdout.strip() == f"nanovllm {version('nanovllm')}"

@@ -1,0 +1,303 @@
+"""The loop against a cache-free recomputation and against transformers; the same draws in any company."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from nanovllm_kernels.torch import Torch
+from nanovllm_models.config import TransformerConfig
+from nanovllm_models.families import to_huggingface
+from nanovllm_models.preset import outline
+from nanovllm_models.pretrained import Pretrained
+from nanovllm_models.transformer import Transformer
+from nanovllm_tokenizers.bpe import train
+from nanovllm_tokenizers.hf import load
+
+from nanovllm_core.contracts import OPERATIONS, Batch, KernelRequest, Ops, Shape
+from nanovllm_core.errors import GenerationError
+from nanovllm_core.inference import generate as loop
+from nanovllm_core.inference.generate import generate
+from nanovllm_core.inference.sampling import SamplingParams
+
+MAX = 512
+TEXTS = [__doc__, *(f"Was für ein Tag, {i} Äpfel für Zoë – 漢字 und 😀 in a very long line.\n" for i in range(40))]
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+needs_assets = pytest.mark.skipif(
+    "NANOVLLM_ASSETS" not in os.environ, reason="NANOVLLM_ASSETS is not set (python recipes/assets.py DIR makes it)"
+)
+
+
+def ops_for(shape: Shape, dtype: str) -> Ops:
+    request = {"device": "cpu", "dtype": dtype, "shape": shape, "training": False}
+    return Ops(dtype=dtype, **{op: Torch().load(KernelRequest(operation=op, **request)) for op in OPERATIONS})
+
+
+class Model:
+    """A small model with wide random weights, so that its answers wander, and a tokenizer with fewer ids than rows."""
+
+    def __init__(self, family: str, tied: bool, dtype: str = "float32", seed: int = 0) -> None:
+        self.tokenizer = train(TEXTS, 420)
+        self.config = TransformerConfig(
+            family=family, vocab_size=440, hidden=32, layers=3, heads=4, kv_heads=2, head_dim=8, intermediate=48,
+            tied=tied, max_positions=MAX, norm_eps=1e-6,
+        )  # fmt: skip
+        self.shape = outline(self.config, dtype="float32")
+        with torch.device("meta"):
+            self.module = Transformer(self.config, ops_for(self.shape, dtype))
+        self.module.to_empty(device="cpu")
+        g = torch.Generator().manual_seed(seed)
+        for parameter in self.module.parameters():
+            torch.nn.init.normal_(parameter, 0.0, 0.35, generator=g)
+        self.module.to(getattr(torch, dtype))
+
+    def __call__(self, prompts, params, batch_size=32, max_len=MAX):
+        many = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        return generate(
+            self.module,
+            self.tokenizer,
+            prompts,
+            many,
+            shape=self.shape,
+            device="cpu",
+            max_len=max_len,
+            batch_size=batch_size,
+        )
+
+    @torch.no_grad()
+    def recomputed(self, ids: list[int], n: int) -> list[int]:
+        """Greedy without any cache: the whole sequence again for each token."""
+        ids, begin = list(ids), len(ids)
+        while len(ids) < begin + n and (len(ids) == begin or ids[-1] not in self.tokenizer.stop_ids):
+            batch = Batch(
+                positions=torch.arange(len(ids)),
+                lengths=(len(ids),),
+                cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+                select=torch.tensor([len(ids) - 1]),
+            )
+            ids.append(int(self.module(torch.tensor(ids), batch)[0, : self.tokenizer.vocab_size].argmax()))
+        return ids[begin:]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors are tiny here: more threads only wait for each other, for minutes on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=[("llama", False), ("qwen3", True)], ids=["llama", "qwen3-tied"])
+def model(request) -> Model:
+    return Model(*request.param)
+
+
+def prompts_of(model: Model, n: int, longest: int, seed: int = 0) -> list[list[int]]:
+    pick = random.Random(seed)
+    return [[pick.randrange(2, 420) for _ in range(pick.randint(1, longest))] for _ in range(n)]
+
+
+def test_greedy_equals_recomputation(model: Model) -> None:
+    prompts = [*prompts_of(model, 6, 40), [5], [7] * 250]
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in (24, 1, 60, 7, 24, 2, 40, 30)]
+    wanted = [model.recomputed(ids, p.max_tokens) for ids, p in zip(prompts, params, strict=True)]
+    assert len({tuple(w) for w in wanted}) == len(wanted)
+    for batch_size in (1, 3, 32):
+        outputs = model(prompts, params, batch_size)
+        assert [o["token_ids"] for o in outputs] == wanted
+        for o, p in zip(outputs, params, strict=True):
+            assert o["finish_reason"] == ("stop" if o["token_ids"][-1] in model.tokenizer.stop_ids else "length")
+            assert len(o["token_ids"]) <= p.max_tokens
+
+
+def test_long_answers_outgrow_the_cache_and_end_at_the_models_length(model: Model) -> None:
+    endless = SamplingParams(temperature=0, max_tokens=10_000, ignore_eos=True)
+    outputs = model([[9, 8, 7], [11] * 5, [12] * (MAX - 1)], endless)
+    assert [len(o["token_ids"]) for o in outputs] == [MAX - 3, MAX - 5, 1]
+    assert {o["finish_reason"] for o in outputs} == {"length"}
+    model.tokenizer.stop_ids, kept = (), model.tokenizer.stop_ids
+    try:
+        assert outputs[0]["token_ids"][:300] == model.recomputed([9, 8, 7], 300)
+    finally:
+        model.tokenizer.stop_ids = kept
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen3", True)])
+def test_greedy_equals_transformers(family: str, tied: bool) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = Model(family, tied, seed=4)
+    settings = to_huggingface(model.config, "float32")
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
+    missing, unexpected = reference.load_state_dict(model.module.state_dict(), strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"] if tied else [], [])
+    reference.tie_weights()
+    with torch.no_grad():  # transformers would choose padding rows
+        reference.get_input_embeddings().weight[model.tokenizer.vocab_size :] = 0
+        reference.get_output_embeddings().weight[model.tokenizer.vocab_size :] = 0
+    prompts = prompts_of(model, 5, 30, seed=2)
+    for ids, output in zip(prompts, model(prompts, SamplingParams(temperature=0, max_tokens=40)), strict=True):
+        given = torch.tensor([ids])
+        ends = list(model.tokenizer.stop_ids)
+        wanted = reference.generate(
+            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=40, eos_token_id=ends,
+            pad_token_id=ends[0],
+        )  # fmt: skip
+        assert output["token_ids"] == wanted[0, len(ids) :].tolist()
+
+
+def test_the_same_seed_draws_the_same_in_any_company(model: Model) -> None:
+    prompts = prompts_of(model, 8, 30, seed=3)
+    params = [
+        SamplingParams(seed=i % 3, temperature=0.3 + i / 4, top_k=(None, 20)[i % 2], top_p=(1.0, 0.9, 0.7)[i % 3])
+        for i in range(8)
+    ]
+    together = model(prompts, params)
+    assert model(prompts[::-1], params[::-1], batch_size=3)[::-1] == together
+    assert [model([ids], p)[0] for ids, p in zip(prompts, params, strict=True)] == together
+    other = [SamplingParams(seed=99, temperature=1.0)] * 8
+    assert [o["token_ids"] for o in model(prompts, other)] != [o["token_ids"] for o in together]
+
+
+def test_seeds_are_each_answers_own_and_leave_torchs_alone(model: Model) -> None:
+    state = torch.get_rng_state()
+    free = model([[5, 6]] * 3, SamplingParams(temperature=2.0))
+    assert len({tuple(o["token_ids"]) for o in free}) == 3
+    fixed = model([[5, 6]] * 3, SamplingParams(temperature=2.0, seed=1))
+    assert len({tuple(o["token_ids"]) for o in fixed}) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rows_beyond_the_vocabulary_are_never_drawn(model: Model) -> None:
+    params = [SamplingParams(temperature=50.0, seed=i, max_tokens=60, ignore_eos=True) for i in range(16)]
+    outputs = model(prompts_of(model, 16, 5), params)
+    ids = [i for o in outputs for i in o["token_ids"]]
+    assert max(ids) < model.tokenizer.vocab_size < model.shape.vocab_size
+    assert len(set(ids)) > 300
+
+
+def test_text_prompts_get_the_prefix(model: Model) -> None:
+    [[*ids]] = model.tokenizer.encode(["Was für ein Tag"])
+    prefixed = [*model.tokenizer.prefix_ids, *ids]
+    first, second, third = model(["Was für ein Tag", prefixed, tuple(ids)], GREEDY)
+    assert first == second
+    assert third["token_ids"] == model.recomputed(ids, 24)
+    assert model([""], GREEDY)[0]["token_ids"] == model.recomputed(list(model.tokenizer.prefix_ids), 24)
+
+
+def test_stop_ids(model: Model) -> None:
+    ids = model([[5, 6, 7]], GREEDY)[0]["token_ids"]
+    stop = next(i for k, i in enumerate(ids) if k >= 4 and i not in ids[:k])
+    at = ids.index(stop)
+    other = train(TEXTS, 420)
+    other.stop_ids = (other.end_id, stop)
+    settings = {"shape": model.shape, "device": "cpu", "max_len": MAX}
+    [output] = generate(model.module, other, [[5, 6, 7]], [GREEDY], **settings)
+    assert output == {"text": other.decode(ids[:at]), "token_ids": ids[: at + 1], "finish_reason": "stop"}
+    on = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    [output] = generate(model.module, other, [[5, 6, 7]], [on], **settings)
+    assert output["token_ids"][: len(ids)] == ids
+
+
+def test_stop_texts(model: Model) -> None:
+    plain = model([[5, 6, 7]], GREEDY)[0]
+    text = plain["text"]
+    for begin in range(2, len(text) - 5, 3):
+        stop = text[begin : begin + 4]
+        if "\ufffd" in stop:
+            continue
+        output = model([[5, 6, 7], [8]], [SamplingParams(temperature=0, max_tokens=24, stop=["never", stop]), GREEDY])[
+            0
+        ]
+        assert output["text"] == text[: text.index(stop)]
+        assert output["finish_reason"] == "stop"
+        n = len(output["token_ids"])
+        assert output["token_ids"] == plain["token_ids"][:n]
+        assert stop in model.tokenizer.decode(plain["token_ids"][:n])
+        assert stop not in model.tokenizer.decode(plain["token_ids"][: n - 1])
+
+
+def test_reading_prompts_in_several_passes_changes_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_of(model, 9, 30, seed=8)
+    wanted = model(prompts, GREEDY)
+    for tokens in (1, 35, 70):
+        monkeypatch.setattr(loop, "PREFILL", tokens)
+        assert model(prompts, GREEDY) == wanted
+
+
+def test_the_module_comes_back_as_it_was(model: Model) -> None:
+    for mode in (True, False):
+        model.module.train(mode)
+        model([[5]], GREEDY)
+        assert model.module.training is mode
+    assert all(p.grad is None and not p.is_inference() for p in model.module.parameters())
+
+
+def test_bfloat16() -> None:
+    model = Model("qwen3", True, dtype="bfloat16")
+    outputs = model(prompts_of(model, 3, 20), GREEDY)
+    assert all(o["token_ids"] for o in outputs)
+
+
+def test_damaged_weights_are_told(model: Model) -> None:
+    broken = Model("llama", False)
+    with torch.no_grad():
+        broken.module.model.norm.weight[0] = float("nan")
+    with pytest.raises(GenerationError, match="not finite"):
+        broken([[5]], GREEDY)
+    assert model([], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([], "prompt 1: is empty"),
+        ([5] * MAX, "prompt 1: has 512 tokens, 1 too many"),
+        ([5] * (MAX + 88), "prompt 1: has 600 tokens, 89 too many"),
+        ([420], "prompt 1: got token id 420, allowed: 0 to 419"),
+        ([-1], "got token id -1"),
+        ([True], "got token id True"),
+        (["a"], "got token id 'a'"),
+    ],
+)
+def test_prompts_that_cannot_be(model: Model, prompt: list, said: str) -> None:
+    with pytest.raises(GenerationError) as caught:
+        model(["fine", prompt], GREEDY)
+    assert said in str(caught.value)
+
+
+@needs_assets
+def test_a_real_model_answers_as_in_transformers() -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = str(Path(os.environ["NANOVLLM_ASSETS"]) / "smollm2-135m")
+    component, tokenizer = Pretrained(path=folder), load(folder)
+    shape = component.shape(tokenizer.vocab_size)
+    module = component.build(shape, ops_for(shape, "float32"))
+    for name, old in list(module.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        value = component.weight(shape, name, 0).float()
+        assert value.shape == old.shape
+        setattr(module.get_submodule(owner), key, torch.nn.Parameter(value, requires_grad=False))
+    prompts = ["The capital of France is", "Once upon a time, in a small village by the sea,"]
+    outputs = generate(
+        module,
+        tokenizer,
+        prompts,
+        [SamplingParams(temperature=0, max_tokens=20)] * 2,
+        shape=shape,
+        device="cpu",
+        max_len=1024,
+    )
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = torch.tensor([[*tokenizer.prefix_ids, *tokenizer.encode([prompt])[0]]])
+        wanted = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, repetition_penalty=1.0
+        )
+        assert output["token_ids"] == wanted[0, ids.shape[1] :].tolist()
+    assert "Paris" in outputs[0]["text"]

@@ -1,0 +1,166 @@
+"""Draws follow the distribution that the parameters ask for, and each row depends on itself alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm_core.errors import GenerationError
+from nanovllm_core.inference.sampling import CANDIDATES, SamplingParams, _invert, sample
+
+
+def distribution(logits: list[float], p: SamplingParams) -> list[float]:
+    """The definition, in float64 and plain Python: temperature, then the top k, then the top p of those."""
+    top = max(logits)
+    weights = [math.exp((x - top) / p.temperature) for x in logits]
+    order = sorted(range(len(logits)), key=lambda i: -weights[i])[: p.top_k or len(logits)]
+    total = sum(weights[i] for i in order)
+    kept, mass = [], 0.0
+    for i in order:
+        if mass / total >= p.top_p:
+            break
+        kept.append(i)
+        mass += weights[i]
+    return [weights[i] / mass if i in set(kept) else 0.0 for i in range(len(logits))]
+
+
+def draws(logits: torch.Tensor, p: SamplingParams, n: int) -> list[int]:
+    rows = 500
+    generators = [torch.Generator().manual_seed(seed) for seed in range(rows)]
+    return [t for _ in range(n // rows) for t in sample(logits.expand(rows, -1), [p] * rows, generators)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.6},
+        {"temperature": 1.7},
+        {"top_k": 5},
+        {"top_k": 5, "temperature": 2.0},
+        {"top_p": 0.8},
+        {"top_p": 0.9, "temperature": 1.5},
+        {"top_k": 12, "top_p": 0.7},
+        {"top_k": 1000, "top_p": 0.99999},
+        {"top_p": 1e-9},
+    ],
+    ids=str,
+)
+def test_frequencies(options: dict) -> None:
+    p = SamplingParams(**options)
+    logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(1))
+    n = 15_000
+    counts = torch.bincount(torch.tensor(draws(logits, p, n)), minlength=40).double()
+    expected = torch.tensor(distribution(logits.tolist(), p), dtype=torch.float64) * n
+    assert not counts[expected == 0].any()
+    likely = expected >= 5  # a chi-square needs cells that fill; the rest form one cell
+    cells = [(counts[likely], expected[likely]), (counts[~likely].sum()[None], expected[~likely].sum()[None])]
+    chi2 = sum(float(((c - e) ** 2 / e)[e > 0].sum()) for c, e in cells)
+    freedom = int(likely.sum()) + int(cells[1][1] > 0) - 1
+    if freedom:
+        chance = float(torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(chi2 / 2)))
+        assert chance > 1e-3, f"chi-square {chi2:.1f} with {freedom} degrees of freedom"
+
+
+@pytest.mark.parametrize("top_k", [None, 3, CANDIDATES, CANDIDATES + 1, 2500])
+@pytest.mark.parametrize("top_p", [0.3, 0.97, 1.0])
+@pytest.mark.parametrize("scale", [0.01, 8.0], ids=["flat", "peaked"])
+def test_a_large_vocabulary_keeps_exactly_what_the_definition_keeps(top_k, top_p, scale) -> None:
+    logits = scale * torch.randn(3000, generator=torch.Generator().manual_seed(3))
+    p = SamplingParams(top_k=top_k, top_p=top_p)
+    reference = distribution(logits.double().tolist(), p)
+    support = {i for i, x in enumerate(reference) if x > 0}
+    seen = set(draws(logits, p, 2_500))
+    assert len(seen - support) <= 1  # the last kept token may fall on either side of top_p in the last bit
+    if len(support) < 50:
+        assert seen >= {i for i, x in enumerate(reference) if x > 1e-2}
+
+
+def test_greedy_takes_the_first_largest_and_draws_nothing() -> None:
+    generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    greedy = SamplingParams(temperature=0, top_k=2, top_p=0.1)
+    assert sample(torch.tensor([[1.0, 3.0, 3.0], [9.0, -1.0, 2.0]]), [greedy] * 2, [generator] * 2) == [1, 0]
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_almost_no_temperature_is_greedy() -> None:
+    logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(2)) * 50
+    for temperature in (1e-45, 1e-300, 1e-6):
+        p = SamplingParams(temperature=temperature, seed=1)
+        assert sample(logits, [p] * 64, [p.generator() for _ in range(64)]) == logits.argmax(-1).tolist()
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    g = torch.Generator().manual_seed(11)
+    vocabulary = 2000
+    logits = torch.randn(9, vocabulary, generator=g) * torch.rand(9, 1, generator=g) * 6
+    params = [
+        SamplingParams(seed=1), SamplingParams(seed=1, top_p=0.9), SamplingParams(temperature=0),
+        SamplingParams(seed=3, top_k=7), SamplingParams(seed=4, top_k=1500), SamplingParams(seed=5, top_p=0.99999),
+        SamplingParams(seed=6, temperature=3.0), SamplingParams(seed=7, top_k=50, top_p=0.5), SamplingParams(seed=8),
+    ]  # fmt: skip
+    together = [p.generator() for p in params]
+    batched = [sample(logits, params, together) for _ in range(20)]
+    for row, p in enumerate(params):
+        alone = p.generator()
+        assert [sample(logits[row : row + 1], [p], [alone])[0] for _ in range(20)] == [step[row] for step in batched]
+
+
+def test_without_a_seed_each_generator_is_another() -> None:
+    state = torch.get_rng_state()
+    assert len({SamplingParams().generator().initial_seed() for _ in range(8)}) == 8
+    assert torch.equal(torch.get_rng_state(), state)
+    assert SamplingParams(seed=7).generator().initial_seed() == 7
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.0, 1e-12, 0.1, 0.3, 1.0]), min_size=1, max_size=8),
+    st.floats(0, 1, exclude_max=True),
+)
+@settings(max_examples=200)
+def test_a_weight_of_zero_is_never_met(weights: list[float], u: float) -> None:
+    if any(weights):
+        for chance in (u, 0.0, 1 - 2**-53):
+            at = _invert(torch.tensor([weights]), torch.tensor([[chance]], dtype=torch.float64)).item()
+            assert weights[at] > 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_damaged_logits_are_refused(bad: float) -> None:
+    with pytest.raises(GenerationError, match="not finite"):
+        sample(torch.tensor([[0.0, bad, 1.0]]), [SamplingParams()], [torch.Generator()])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": -0.1}, "temperature: got -0.1"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": float("inf")}, "temperature: got inf"),
+        ({"temperature": "1"}, "temperature: got '1'"),
+        ({"top_k": 0}, "top_k: got 0"),
+        ({"top_k": 2.0}, "top_k: got 2.0"),
+        ({"top_p": 0}, "top_p: got 0"),
+        ({"top_p": 1.01}, "top_p: got 1.01"),
+        ({"max_tokens": 0}, "max_tokens: got 0"),
+        ({"max_tokens": True}, "max_tokens: got True"),
+        ({"stop": ["a", ""]}, "stop: got"),
+        ({"stop": [1]}, "stop: got"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"ignore_eos": "no"}, "ignore_eos: got 'no'"),
+    ],
+)
+def test_parameters_out_of_range(options: dict, said: str) -> None:
+    with pytest.raises(GenerationError, match="allowed: ") as caught:
+        SamplingParams(**options)
+    assert said in str(caught.value)
+
+
+def test_one_stop_text_or_several() -> None:
+    assert SamplingParams(stop="ab").stop == ("ab",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")

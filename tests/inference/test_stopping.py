@@ -1,0 +1,115 @@
+"""Stop texts are found at the token that completes them, however tokens cut characters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm_core.inference.stopping import StopTexts
+
+
+class Bytes:
+    """Each byte a token: every character beyond ASCII is cut."""
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
+class Folder:
+    """A real tokenizer's file."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self.inner = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids, skip_special_tokens=True)
+
+
+class Spaced:
+    """A decoder that drops the first space, so that a token's text depends on whether something precedes it."""
+
+    TOKENS = ("\u2581a", "\u2581b", "a", "b", "\u2581")
+
+    def __init__(self) -> None:
+        from tokenizers import Tokenizer, decoders, models
+
+        self.inner = Tokenizer(models.WordLevel({t: i for i, t in enumerate(self.TOKENS)}))
+        self.inner.decoder = decoders.Metaspace(prepend_scheme="always")
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids)
+
+
+def by_definition(tokenizer, ids: list[int], stops: list[str]) -> tuple[str, int] | None:
+    """The first prefix of the ids whose text holds a stop text: the text before it, and the prefix's length."""
+    for n in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:n])
+        ends = [text.find(s) for s in stops if s in text]
+        if ends:
+            return text[: min(ends)], n
+    return None
+
+
+def one_by_one(tokenizer, ids: list[int], stops: list[str]) -> tuple[str, int] | None:
+    watch = StopTexts(tokenizer, stops)
+    for n in range(1, len(ids) + 1):
+        text = watch.found(ids[:n])
+        if text is not None:
+            return text, n
+    return None
+
+
+SPACED = Spaced()
+characters = st.sampled_from("ab é€\U0001f600\n")
+stop_texts = st.lists(st.text(characters, min_size=1, max_size=4), max_size=3)
+
+
+@given(st.text(characters, max_size=30), stop_texts)
+@settings(max_examples=500)
+def test_bytes(text: str, stops: list[str]) -> None:
+    ids = list(text.encode())
+    assert one_by_one(Bytes(), ids, stops) == by_definition(Bytes(), ids, stops)
+
+
+@given(st.binary(max_size=30), stop_texts)
+@settings(max_examples=500)
+def test_broken_bytes(raw: bytes, stops: list[str]) -> None:
+    raw += "".join(stops).encode()
+    assert one_by_one(Bytes(), list(raw), stops) == by_definition(Bytes(), list(raw), stops)
+
+
+@given(st.lists(st.integers(0, 4), max_size=12), st.lists(st.text("ab ", min_size=1, max_size=4), max_size=2))
+@settings(max_examples=500)
+def test_a_decoder_that_looks_at_what_precedes(ids: list[int], stops: list[str]) -> None:
+    assert one_by_one(SPACED, ids, stops) == by_definition(SPACED, ids, stops)
+
+
+@pytest.mark.skipif(
+    "NANOVLLM_ASSETS" not in os.environ, reason="NANOVLLM_ASSETS is not set (python recipes/assets.py DIR makes it)"
+)
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen3-tokenizer"])
+def test_real_tokenizers(name: str) -> None:
+    tokenizer = Folder(Path(os.environ["NANOVLLM_ASSETS"]) / name)
+
+    @given(
+        st.text(st.sampled_from("ab é€\U0001f600\n漢.,'") | st.characters(exclude_categories=("Cs",)), max_size=40),
+        stop_texts,
+    )
+    @settings(max_examples=150, deadline=None)
+    def check(text: str, stops: list[str]) -> None:
+        ids = tokenizer.encode(text)
+        assert one_by_one(tokenizer, ids, stops) == by_definition(tokenizer, ids, stops)
+
+    check()
+    ids = tokenizer.encode("The end. User: who? \U0001f9d1\u200d\U0001f680 then more")
+    assert one_by_one(tokenizer, ids, ["\nUser", "er: w"])[0] == "The end. Us"
+    assert one_by_one(tokenizer, ids, ["\u200d\U0001f680 t"])[0] == "The end. User: who? \U0001f9d1"

@@ -1,0 +1,163 @@
+"""Attention over packed documents and over a cache, against a float64 definition written here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from nanovllm_kernels import torch_causal
+from torch import Tensor
+
+from nanovllm_core.contracts import Batch, Ops
+
+MakeOps = Callable[[str], Ops]
+Pack = Callable[..., Batch]
+LENGTHS = [
+    (1,), (5,), (6, 6, 6), (1, 1, 1), (3, 9, 1, 4), (40, 37, 2, 40, 100, 17, 1), (64, 64, 1, 64), (300, 128, 129, 300),
+]  # fmt: skip
+HEADS = [(1, 1, 4), (4, 2, 6), (6, 1, 10), (3, 3, 16)]  # query heads, key/value heads, head size
+
+
+def attention_64(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """softmax(q k / sqrt(H)) v, for each document and head by itself, over what is not later."""
+    out, start = torch.empty_like(q), 0
+    share = q.shape[1] // k.shape[1]
+    for n in lengths:
+        rows = slice(start, start + n)
+        for head in range(q.shape[1]):
+            scores = q[rows, head] @ k[rows, head // share].T * q.shape[2] ** -0.5
+            scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+            out[rows, head] = scores.softmax(-1) @ v[rows, head // share]
+        start += n
+    return out
+
+
+def qkv(t: int, heads: tuple[int, int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    n, k, h = heads
+    return [torch.randn(t, count, h, dtype=torch.float64).to(dtype).requires_grad_() for count in (n, k, k)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_documents(
+    make_ops: MakeOps, pack: Pack, lengths: tuple[int, ...], heads: tuple[int, int, int], dtype: str, tolerance: float
+) -> None:
+    given = qkv(sum(lengths), heads, getattr(torch, dtype))
+    reference = [x.detach().double().requires_grad_() for x in given]
+    out = make_ops(dtype).attention(*given, pack(*lengths))
+    wanted = attention_64(*reference, lengths)
+    assert out.dtype == given[0].dtype
+    assert out.shape == wanted.shape
+    assert (out.double() - wanted).abs().max() <= tolerance * wanted.abs().max().clamp_min(1)
+    weight = torch.randn_like(wanted)
+    (out * weight.to(out.dtype)).sum().backward()
+    (wanted * weight).sum().backward()
+    for a, b in zip(given, reference, strict=True):
+        assert (a.grad.double() - b.grad).abs().max() <= tolerance * b.grad.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (3, 3), (2, 4, 1)])
+def test_gradcheck(make_ops: MakeOps, pack: Pack, lengths: tuple[int, ...]) -> None:
+    batch = pack(*lengths)
+    attention = make_ops("float32").attention
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, batch), qkv(sum(lengths), (4, 2, 3)))
+
+
+@pytest.mark.parametrize(("documents", "length"), [(1, 1), (2, 3), (3, 7), (2, 8)])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("scores", [1, 2**22])
+def test_blocks_of_queries(
+    monkeypatch: pytest.MonkeyPatch, documents: int, length: int, heads: tuple[int, int, int], scores: int
+) -> None:
+    """The bf16 CPU path in float64, in blocks of 3 queries, one document at a time and all at once."""
+    monkeypatch.setattr(torch_causal, "QUERIES", 3)
+    monkeypatch.setattr(torch_causal, "SCORES", scores)
+    given = [x.detach().view(documents, length, *x.shape[1:]).requires_grad_() for x in qkv(documents * length, heads)]
+    out = torch_causal.CausalCpu.apply(*given)
+    wanted = attention_64(*(x.detach().flatten(0, 1) for x in given), (length,) * documents)
+    assert out.flatten(0, 1).allclose(wanted, atol=1e-12)
+    assert torch.autograd.gradcheck(torch_causal.CausalCpu.apply, given, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lengths", [(7, 7, 7, 7), (40, 37, 2, 41), (300, 290, 5, 64)])
+def test_borders_are_exact(make_ops: MakeOps, pack: Pack, dtype: str, lengths: tuple[int, ...]) -> None:
+    """Changing one document, even to NaN, changes no bit of another's output or gradient."""
+    attention, batch = make_ops(dtype).attention, pack(*lengths)
+    clean = [x.detach() for x in qkv(sum(lengths), (4, 2, 8), getattr(torch, dtype))]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    for changed in range(len(lengths)):
+        mine = torch.zeros(sum(lengths), dtype=torch.bool)
+        mine[ends[changed] - lengths[changed] : ends[changed]] = True
+        results = []
+        for poison in (1.0, torch.nan):
+            inputs = [x.clone().requires_grad_() for x in clean]
+            with torch.no_grad():
+                for x in inputs:
+                    x[mine] *= poison
+            out = attention(*inputs, batch)
+            out[~mine].sum().backward()
+            results.append([out.detach()[~mine], *(x.grad[~mine] for x in inputs)])
+        assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+def test_later_tokens_do_not_reach_back(make_ops: MakeOps, pack: Pack) -> None:
+    attention, batch = make_ops("float32").attention, pack(9, 4)
+    q, k, v = (x.detach() for x in qkv(13, (2, 2, 4), torch.float32))
+    before = attention(q, k, v, batch)
+    k[8], v[8] = 50.0, -50.0
+    assert attention(q, k, v, batch)[:8].equal(before[:8])
+
+
+class Cache:
+    """A KV that was filled by hand: rows beyond a sequence's positions hold poison."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v
+
+    def update(self, k_TKH: Tensor, v_TKH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(k_TKH))
+        self.k[rows, batch.positions], self.v[rows, batch.positions] = k_TKH, v_TKH
+        return self.k, self.v
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("positions", [(4, 4, 4), (0, 6, 3), (0,), (6, 6, 5)])
+@pytest.mark.parametrize("spare", [0, 5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_decoding(
+    make_ops: MakeOps, heads: tuple[int, int, int], positions: tuple[int, ...], spare: int, dtype: str, tolerance: float
+) -> None:
+    (n, kv_heads, h), b, s = heads, len(positions), max(positions) + 1 + spare
+    kind = getattr(torch, dtype)
+    cache = Cache(torch.randn(b, s, kv_heads, h).to(kind), torch.randn(b, s, kv_heads, h).to(kind))
+    for row, p in enumerate(positions):
+        cache.k[row, p:], cache.v[row, p:] = 99.0, 1e4
+    q, k, v = (torch.randn(b, count, h).to(kind) for count in (n, kv_heads, kv_heads))
+    batch = Batch(
+        positions=torch.tensor(positions), lengths=(1,) * b, cu_seqlens=torch.arange(b + 1, dtype=torch.int32),
+        context=s,
+    )  # fmt: skip
+    out = make_ops(dtype).attention(q, k, v, batch, cache)
+    for row, p in enumerate(positions):
+        keys, values = cache.k[row, : p + 1].double(), cache.v[row, : p + 1].double()
+        for head in range(n):
+            shared = head // (n // kv_heads)
+            weights = (keys[:, shared] @ q[row, head].double() * h**-0.5).softmax(0)
+            wanted = weights @ values[:, shared]
+            assert (out[row, head].double() - wanted).abs().max() <= tolerance * wanted.abs().max().clamp_min(1)
+
+
+def test_a_prefill_stores_and_attends_among_the_new_tokens(make_ops: MakeOps, pack: Pack) -> None:
+    stored: list[int] = []
+
+    class Prefill:
+        def update(self, k_TKH: Tensor, v_TKH: Tensor, batch: Batch) -> None:
+            stored.append(len(k_TKH))
+
+    attention, batch = make_ops("float32").attention, pack(3, 5)
+    q, k, v = (x.detach() for x in qkv(8, (4, 2, 6), torch.float32))
+    assert attention(q, k, v, batch, Prefill()).equal(attention(q, k, v, batch))
+    assert stored == [8]

@@ -1,0 +1,109 @@
+"""Models under test: built and filled as a run does it, beside the same model in transformers."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nanovllm_kernels.torch import Torch
+from torch import Tensor, nn
+
+from nanovllm_core.contracts import Batch, KernelRequest, Module, Ops, Shape
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """Every test draws its own inputs, the same ones each time."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def build() -> Callable[..., Module]:
+    """(component, shape, dtype) -> its module on the CPU, every parameter replaced by name as a run replaces it."""
+
+    def make(model: Any, shape: Shape, dtype: str = "float32", seed: int = 0) -> Module:
+        requests = {
+            name: KernelRequest(operation=name, device="cpu", dtype=dtype, shape=shape) for name in shape.operations
+        }
+        ops = Ops(dtype=dtype, **{name: Torch().load(request) for name, request in requests.items()})
+        module = model.build(shape, ops)
+        for name, parameter in list(module.named_parameters()):
+            assert parameter.is_meta
+            weight: Tensor = model.weight(shape, name, seed)
+            assert weight.shape == parameter.shape
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, nn.Parameter(weight.float()))
+        assert not list(module.buffers())
+        return module
+
+    return make
+
+
+@pytest.fixture
+def pack() -> Callable[..., Batch]:
+    """Document lengths -> the batch of them."""
+
+    def make(*lengths: int, select: Tensor | None = None) -> Batch:
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        return Batch(positions=positions, lengths=lengths, cu_seqlens=ends.to(torch.int32), select=select)
+
+    return make
+
+
+class ContiguousKV:
+    """The smallest `contracts.KV`: a row a sequence, a column a position."""
+
+    def __init__(self, rows: int, positions: int, kv_heads: int, head_dim: int) -> None:
+        self.k, self.v = (torch.full((rows, positions, kv_heads, head_dim), torch.nan) for _ in range(2))
+
+    def update(self, k_TKH: Tensor, v_TKH: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        self.k[batch.slots, batch.positions], self.v[batch.slots, batch.positions] = k_TKH, v_TKH
+        if not batch.context:
+            return None
+        # What is not yet written holds NaN here; an engine's memory may too, but a masked NaN value stays one.
+        k, v = self.k[batch.slots, : batch.context], self.v[batch.slots, : batch.context]
+        return k.nan_to_num(1e4), v.nan_to_num(1e4)
+
+
+@pytest.fixture
+def make_kv() -> Callable[..., list[ContiguousKV]]:
+    return lambda shape, rows, positions: [
+        ContiguousKV(rows, positions, shape.kv_heads, shape.head_dim) for _ in range(shape.layers)
+    ]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M folder."""
+    root = os.environ.get("NANOVLLM_ASSETS")
+    if not root:
+        pytest.skip("NANOVLLM_ASSETS is not set (python recipes/assets.py DIR makes it)")
+    return Path(root) / "smollm2-135m"
+
+
+@pytest.fixture
+def save_transformers(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
+    """(model_type, options) -> a random transformers model and the folder that it was saved to.
+
+    Every parameter is random, biases and norms too, which transformers starts at zero and one.
+    """
+
+    def make(model_type: str, **options: Any) -> tuple[Any, Path]:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(model_type, **options)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        folder = tmp_path / f"{model_type}-{len(list(tmp_path.iterdir()))}"
+        model.save_pretrained(folder)
+        return model, folder
+
+    return make
