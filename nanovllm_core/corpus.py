@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from nanovllm_core.data.batches import Batches, held_out_batches
 from nanovllm_core.data.chunks import Chunks
 from nanovllm_core.data.packing import Packing, pack
 from nanovllm_core.data.split import held_out, kept
-from nanovllm_core.data.store import Store, open_or_build, store_key
+from nanovllm_core.data.store import Store, known_counts, open_or_build
 from nanovllm_core.errors import DataError
 from nanovllm_core.hookspecs import Callbacks
+from nanovllm_core.lock import reading
 from nanovllm_core.plan import Plan
 from nanovllm_core.training.trainer import Evaluation
 
@@ -37,9 +40,9 @@ def prepare(plan: Plan, fingerprint: str, folder: Path, events: Callbacks) -> Co
     Raises DataError when there is nothing to train on.
     """
     documents, data, seed = plan.data.documents, plan.recipe.data, plan.recipe.train.seed
-    count = documents.count(phase(events, "reading", "bytes"))
-    counts = documents.counts
-    assert counts is not None, "a whole walk counts"
+    key = hashlib.sha256(json.dumps([fingerprint, reading(plan, versions=True)]).encode()).hexdigest()
+    counts = known_counts(folder, key) or documents.count(phase(events, "reading", "bytes"))
+    count = counts.documents
     skipped = "".join(f", {n} skipped ({why})" for why, n in counts.skipped.items())
     events.note(text=f"{count:,} documents in {documents.files:,} files, {counts.characters:,} characters{skipped}")
     out = held_out(count, data.eval_fraction, seed)
@@ -47,8 +50,6 @@ def prepare(plan: Plan, fingerprint: str, folder: Path, events: Callbacks) -> Co
     tokenizer = tokenizer_of(
         plan.model, lambda: documents.texts(absent, phase(events, "building the vocabulary", "bytes"))
     )
-    extractors = [[c.entry.full_name, c.entry.version, repr(c.component)] for c in plan.data.extractors]
-    key = store_key(fingerprint, tokenizer, extractors)
     store = open_or_build(folder, key, documents, tokenizer, phase(events, "tokenising", "bytes"))
     chunks, packing = _packed(plan, store, tokenizer, kept(count, out), seed)
     if not len(packing):

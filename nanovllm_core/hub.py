@@ -5,12 +5,16 @@ Only what a model folder needs is fetched; code and pickled weights never are.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from nanovllm_core.errors import ModelError
+from nanovllm_core.files import digest
 
 CONFIG_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHT_FILES = ("*.safetensors",)
+TOKENIZER_FILES = ("*token*.json", "generation_config.json", "vocab.*", "merges.txt", "*.jinja", "*.model")
 
 
 def resolve(name: str, *, weights: bool = True) -> Path:
@@ -54,6 +58,22 @@ def resolve(name: str, *, weights: bool = True) -> Path:
             f"connected machine with `hf download {name}`, or name another model"
         )
     return fetched
+
+
+def fingerprint(name: str, *, weights: bool, progress: Callable[[int, int], None] | None = None) -> str:
+    """sha256 over a model's files (`weights`), or a tokenizer's: two names of one content have one fingerprint."""
+    path = Path(name).expanduser()
+    folder = None if path.is_file() else resolve(name, weights=weights)
+    wanted = ("config.json", *WEIGHT_FILES) if weights else TOKENIZER_FILES
+    files = [path] if folder is None else sorted({p for pattern in wanted for p in folder.glob(pattern)})
+    done, total = 0, sum(p.stat().st_size for p in files)
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{file.name}\0{digest(file)}\n".encode())
+        done += file.stat().st_size
+        if progress is not None:
+            progress(done, total)
+    return whole.hexdigest()
 
 
 def _whole(folder: Path, weights: bool) -> bool:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Callable
 from typing import Any
 
+from nanovllm_core import hub
+from nanovllm_core.negotiate import Candidate, Choice
+from nanovllm_core.options import model_refs, public, without_secrets
 from nanovllm_core.plan import Plan
-from nanovllm_core.recipe import Component
 
 # What changes the trained weights, and so the identity. Left out on purpose: how long, how often something is said or
-# saved, where it runs and by which kernels.
+# saved, where it runs and by which kernels, and versions: an update goes on with a run (its lock says what changed).
 DATA_KEYS = ("max_seq_length", "concatenate_documents", "document_separator", "min_chunk_size", "eval_fraction")
 TRAIN_KEYS = (
     "learning_rate", "weight_decay", "beta1", "beta2", "lr_scheduler_type", "warmup_steps", "mixed_precision",
@@ -19,19 +22,39 @@ TRAIN_KEYS = (
 )  # fmt: skip
 
 
-def identity(plan: Plan, data_fingerprint: str) -> str:
-    """sha256 over data, tokenizer, model and optimisation keys: equal for runs that would train the same weights."""
-    recipe, data, train = plan.recipe, plan.recipe.data, plan.recipe.train
+def reading(plan: Plan, *, versions: bool) -> dict[str, Any]:
+    """What makes documents of the sources, besides their content: who reads which, and how, and who extracts."""
+    data = plan.data
+    used = sorted((c for c in data.readers if data.taken.get(c.entry.full_name)), key=lambda c: c.entry.full_name)
+    return {
+        "assignment": data.assignment,
+        "readers": [_described(c, versions=versions) for c in used],
+        "extractors": [_described(c, versions=versions) for c in data.extractors],
+    }
+
+
+def identity(plan: Plan, data_fingerprint: str, progress: Callable[[int, int], None] | None = None) -> str:
+    """sha256 over data, tokenizer, model and optimisation: equal for runs that would train the same weights.
+
+    Components count by their options' values, however the recipe spells them, and named models by their content.
+    """
+    data, train = plan.recipe.data, plan.recipe.train
     parts = {
         "documents": data_fingerprint,
         "data": {key: getattr(data, key) for key in DATA_KEYS} | {"chunk_overlap": plan.chunk_overlap.value},
-        "readers": [_component(c) for c in data.readers],
-        "extractors": [_component(c) for c in data.extractors],
-        "tokenizer": _component(recipe.tokenizer),
-        "model": _component(recipe.model),
+        "reading": reading(plan, versions=False),
+        "tokenizer": _with_content(plan.model.tokenizer, False, progress),
+        "model": _with_content(plan.model.model, True, progress),
         "train": {key: getattr(train, key) for key in TRAIN_KEYS} | {"global_batch": sequences_per_step(plan)},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _with_content(choice: Choice, weights: bool, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
+    told = _described(choice, versions=False)
+    for name, value in model_refs(choice.component):
+        told["options"][name] = hub.fingerprint(value, weights=weights, progress=progress)
+    return told
 
 
 def sequences_per_step(plan: Plan) -> int:
@@ -43,28 +66,29 @@ def sequences_per_step(plan: Plan) -> int:
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * replicas
 
 
-def _component(component: Component | None) -> Any:
-    return None if component is None else {"use": component.use, **component.options}
+def _described(item: Choice | Candidate, *, versions: bool = True) -> dict[str, Any]:
+    """A component as it was chosen, with the value of every option."""
+    told: dict[str, Any] = {"use": item.entry.full_name, "options": public(item.component)}
+    return told | {"version": item.entry.version} if versions else told
 
 
-def lock_of(plan: Plan, data_fingerprint: str) -> dict[str, Any]:
+def lock_of(plan: Plan, identity: str, data_fingerprint: str) -> dict[str, Any]:
     """What `plan.lock.json` holds."""
     from importlib.metadata import version
 
     import torch
 
-    slots = {
-        c.slot: {"use": c.entry.name, "distribution": c.entry.distribution, "version": c.entry.version}
-        for c in plan.model.choices
-    }
-    readers = {
-        f"{kind}.{c.entry.name}": {"distribution": c.entry.distribution, "version": c.entry.version}
-        for kind, candidates in (("readers", plan.data.readers), ("extractors", plan.data.extractors))
-        for c in candidates
-    }
     return {
-        "identity": identity(plan, data_fingerprint),
-        "components": slots | readers,
+        "identity": identity,
+        "components": {c.slot: _described(c) for c in plan.model.choices}
+        | {
+            kind: [_described(c) for c in candidates if not c.unusable]
+            for kind, candidates in (
+                ("data.readers", plan.data.readers),
+                ("data.extractors", plan.data.extractors),
+                ("callbacks", plan.callbacks),
+            )
+        },
         "versions": {name: version(name) for name in ("nanovllm", "transformers", "tokenizers")}
         | {"torch": torch.__version__, "python": platform.python_version()},  # torch names its build here alone
         "device": {
@@ -77,5 +101,5 @@ def lock_of(plan: Plan, data_fingerprint: str) -> dict[str, Any]:
         "parameters": plan.model.shape.parameters,
         "data": {"sha256": data_fingerprint, "files": plan.data.documents.files, "bytes": plan.data.documents.bytes},
         "recipe_sha256": hashlib.sha256(plan.recipe.to_yaml().encode()).hexdigest(),
-        "recipe": plan.recipe.to_data(),
+        "recipe": without_secrets(plan.recipe.to_data()),
     }

@@ -112,6 +112,49 @@ def options_of(cls: type) -> Iterator[tuple[attrs.Attribute[Any], Any]]:
             yield a, hints.get(a.name, Any)
 
 
+def model_refs(component: object) -> Iterator[tuple[str, str]]:
+    """The options of a component that name a model, with their values."""
+    if attrs.has(type(component)):
+        for a, kind in options_of(type(component)):
+            value = getattr(component, a.name)
+            if value is not None and (kind is ModelRef or (is_union(kind) and ModelRef in get_args(kind))):
+                yield a.name, value
+
+
+def public(component: object) -> dict[str, Any]:
+    """A component's options as plain data to be written down: what its name calls a secret becomes `***`."""
+    if not attrs.has(type(component)):
+        return {}
+    return {a.name: without_secrets(_plain(getattr(component, a.name)), a.name) for a, _ in options_of(type(component))}
+
+
+SECRET = re.compile(r"(.*_)?(api_?key|secret|password|passwd|credentials?|access_?key|token)", re.IGNORECASE)
+
+
+def without_secrets(value: Any, key: str = "") -> Any:
+    """Plain data with `***` for each text whose key is a word for a secret."""
+    if isinstance(value, Mapping):
+        return {k: without_secrets(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(v, key) for v in value]
+    return "***" if isinstance(value, str) and SECRET.fullmatch(key) else value
+
+
+def _plain(value: Any) -> Any:
+    """JSON data; what has none becomes its type's name, which unlike a representation is the same in every process."""
+    if isinstance(value, Path):
+        return str(value)
+    if attrs.has(type(value)):
+        return {a.name: _plain(getattr(value, a.name)) for a in attrs.fields(type(value)) if a.init}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def type_text(tp: Any) -> str:
     """A type in the words of a recipe: `integer`, `list of string`, `'a' | 'b'`, `number or null`."""
     if tp is ModelRef:

@@ -5,8 +5,9 @@ Order: vocabulary size (from file sizes) -> shape -> memory -> parallel layout -
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,11 +30,13 @@ from nanovllm_core.hooks import bind
 from nanovllm_core.hookspecs import Callbacks, Extractors, Kernels, Models, Parallel, Readers, Tokenizers
 from nanovllm_core.machine import Machine
 from nanovllm_core.negotiate import Candidate, Choice, ask, choose
+from nanovllm_core.options import model_refs
 from nanovllm_core.recipe import AUTO, Component, Recipe
 from nanovllm_core.registry import Registry
 from nanovllm_core.slots import Slots
 
 Spec = TypeVar("Spec")
+PREVIOUS = "previous"  # under output_dir: the contents of earlier, other runs
 
 
 @frozen(kw_only=True, eq=False)
@@ -62,18 +65,19 @@ class DataPlan:
     readers: tuple[Candidate, ...]
     extractors: tuple[Candidate, ...]
     taken: Mapping[str, int]  # reader's full name -> sources that it reads
+    assignment: str  # sha256 over which reader takes which source
 
 
-@frozen
 class _Pick:
-    """Chooses each source's reader, and counts."""
+    """Chooses each source's reader, and remembers."""
 
-    readers: tuple[Candidate, ...]
-    taken: Counter[str]
+    def __init__(self, readers: Sequence[Candidate]) -> None:
+        self.readers, self.taken, self.assignment = readers, Counter[str](), hashlib.sha256()
+        self._relays = {id(c.component): _bound(Readers, c.component) for c in readers if not c.unusable}
 
     def __call__(self, source: Source) -> Readers | None:
         """The reader for a source; None when every one refuses. Raises AmbiguousComponent when two tie."""
-        verdicts = [(c, ask(c, lambda r: _bound(Readers, r).probe(source=source))) for c in self.readers]
+        verdicts = [(c, ask(c, lambda r: self._relays[id(r)].probe(source=source))) for c in self.readers]
         if not any(isinstance(v, Accept) for _, v in verdicts):
             if not source.exists:
                 reasons = "".join(f"\n  {c.entry.name}: {v.why}" for c, v in verdicts)
@@ -84,7 +88,8 @@ class _Pick:
         known = {id(c.component): v for c, v in verdicts}
         chosen = choose(f"data.readers ({source.name})", self.readers, lambda r: known[id(r)], "auto")
         self.taken[chosen.entry.full_name] += 1
-        return _bound(Readers, chosen.component)
+        self.assignment.update(f"{chosen.entry.full_name}\0{source.name}\n".encode("utf-8", "backslashreplace"))
+        return self._relays[id(chosen.component)]
 
 
 @frozen(kw_only=True, eq=False)
@@ -118,6 +123,8 @@ def make_plan(recipe: Recipe, registry: Registry, machine: Machine) -> Plan:
     output_dir = _within(recipe.base, recipe.output_dir)
     data = _plan_data(slots, output_dir)
     model = plan_model(recipe, registry, machine, data_bytes=data.documents.bytes)
+    for choice in (model.model, model.tokenizer):
+        _refuse_own_output(choice, output_dir, recipe)
     train, length = recipe.train, recipe.data.max_seq_length
     if length > model.shape.max_positions:
         raise RecipeError(
@@ -140,6 +147,17 @@ def _within(base: Path, given: str) -> Path:
     return (base / Path(given).expanduser()).resolve()
 
 
+def _refuse_own_output(choice: Choice, output_dir: Path, recipe: Recipe) -> None:
+    """A run moves what it finds in its output folder: it cannot begin from there."""
+    for name, value in model_refs(choice.component):
+        folder = Path(value).expanduser().resolve()
+        if folder.exists() and folder.is_relative_to(output_dir) and not folder.is_relative_to(output_dir / PREVIOUS):
+            raise RecipeError(
+                f"{recipe.text.place((*choice.at, name))}: {choice.slot}.{name}: {folder} lies in output_dir {output_dir}, "
+                "whose contents a new run moves away; name another output_dir"
+            )
+
+
 def _overlap(recipe: Recipe) -> Decision:
     given, length = recipe.data.chunk_overlap, recipe.data.max_seq_length
     if given is not None:
@@ -157,9 +175,15 @@ def _plan_data(slots: Slots, output_dir: Path) -> DataPlan:
     readers = tuple(slots.candidates("readers", recipe.data.readers)[0])
     extractors = tuple(slots.named("extractors", c) for c in recipe.data.extractors)
     relay = bind(Extractors, [(c.entry.full_name, c.component) for c in extractors])  # the first answer wins
-    taken: Counter[str] = Counter()
-    documents = Documents(sources, _Pick(readers, taken), lambda record: relay.extract(record=record))
-    return DataPlan(documents=documents, readers=readers, extractors=extractors, taken=taken)
+    pick = _Pick(readers)
+    documents = Documents(sources, pick, lambda record: relay.extract(record=record))
+    return DataPlan(
+        documents=documents,
+        readers=readers,
+        extractors=extractors,
+        taken=pick.taken,
+        assignment=pick.assignment.hexdigest(),
+    )
 
 
 def plan_model(

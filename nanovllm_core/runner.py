@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nanovllm_core.assemble import assemble, models_of
 from nanovllm_core.contracts import Parallelized
 from nanovllm_core.corpus import Corpus, batches, phase, prepare
-from nanovllm_core.errors import RefusedError
+from nanovllm_core.errors import CheckpointError, RefusedError
 from nanovllm_core.hookspecs import Callbacks
 from nanovllm_core.inference.generate import generate
 from nanovllm_core.inference.sampling import SamplingParams
 from nanovllm_core.lock import identity, lock_of, sequences_per_step
-from nanovllm_core.output import TOKENS, claimed, settle, write_lock
+from nanovllm_core.output import TOKENS, claimed, finished, mark_finished, settle, write_lock
 from nanovllm_core.plan import Plan
 from nanovllm_core.training import checkpoint
 from nanovllm_core.training.export import export, write_config
@@ -30,18 +31,30 @@ def run(plan: Plan, callbacks: Sequence[object] = ()) -> Path:
     events, folder = plan.events(tuple(callbacks)), plan.output_dir
     if plan.machine.world_size > 1:
         raise RefusedError(f"parallel: {plan.machine.world_size} processes were started; runs use one for now")
-    events.run_started(plan=plan)
-    for suffix, count in sorted(plan.data.documents.unknown.items()):
-        events.note(text=f"{count} files of kind {suffix or '(no suffix)'} are left out: no reader takes them")
-    with claimed(folder):
-        fingerprint = plan.data.documents.fingerprint(phase(events, "hashing", "bytes"))
-        who = identity(plan, fingerprint)
-        found = settle(folder, who, lambda text: events.note(text=text))
-        write_lock(folder, lock_of(plan, fingerprint))
-        corpus = prepare(plan, fingerprint, folder / TOKENS, events)
-        _Job(plan, corpus, who, events).run(found)
+    with claimed(folder) as entries:
+        events.run_started(plan=plan)
+        for suffix, count in sorted(plan.data.documents.unknown.items()):
+            events.note(text=f"{count} files of kind {suffix or '(no suffix)'} are left out: no reader takes them")
+        fingerprint = plan.data.documents.fingerprint(phase(events, "hashing the documents", "bytes"))
+        who = identity(plan, fingerprint, phase(events, "hashing the model", "bytes"))
+        found = settle(folder, entries, who, lambda text: events.note(text=text))
+        write_lock(folder, lock_of(plan, who, fingerprint))
+        if found is None or finished(folder, found[1].step) != _length(plan):
+            corpus = prepare(plan, fingerprint, folder / TOKENS, events)
+            _Job(plan, corpus, who, events).run(found)
+        else:
+            _say_finished(events, found[1].step)
     events.run_finished(output_dir=folder)
     return folder
+
+
+def _length(plan: Plan) -> dict[str, Any]:
+    """How long the recipe asks to train."""
+    return {"num_train_epochs": plan.recipe.train.num_train_epochs, "max_steps": plan.recipe.train.max_steps}
+
+
+def _say_finished(events: Callbacks, steps: int) -> None:
+    events.note(text=f"this run is finished ({steps} steps); to go on, raise train.num_train_epochs or train.max_steps")
 
 
 class _Job:
@@ -54,11 +67,15 @@ class _Job:
 
     def run(self, found: tuple[Path, checkpoint.State] | None) -> None:
         state = found[1] if found else None
-        trainer, settings = self.trainer(found)
-        if state is not None and state.step >= settings.total_steps and (self.folder / "config.json").is_file():
-            self.events.note(
-                text=f"this run is finished ({state.step} steps); to go on, raise train.num_train_epochs or train.max_steps"
+        if state is not None and state.tokenizer != self.corpus.tokenizer.fingerprint:
+            raise CheckpointError(
+                f"{self.folder}: checkpoint-{state.step} was trained with another vocabulary than the tokenizer component "
+                "makes of the same documents now; was it updated? Install the version that the checkpoint was made with, "
+                "or name another output_dir to begin anew"
             )
+        trainer, settings = self.trainer(found)
+        if state is not None and state.step >= settings.total_steps and finished(self.folder, state.step):
+            _say_finished(self.events, state.step)
             return
         if state is not None:
             self.events.note(text=f"going on from checkpoint-{state.step}")
@@ -68,9 +85,15 @@ class _Job:
                     f"(it was {state.total_steps})"
                 )
         trainer.run(self.save)
+        if trainer.before:
+            self.events.note(
+                text=f"held-out perplexity: {trainer.before['eval_perplexity']:,.2f} before, "
+                f"{trainer.metrics['eval_perplexity']:,.2f} after"
+            )
         model = trainer.model
-        export(self.folder, model.full_state(), self.config, self.corpus.tokenizer, self.plan.model.shape.dtype)
+        files = export(self.folder, model.full_state(), self.config, self.corpus.tokenizer, self.plan.model.shape.dtype)
         self.generate(model)
+        mark_finished(self.folder, trainer.step, _length(self.plan), files)
 
     def trainer(self, found: tuple[Path, checkpoint.State] | None) -> tuple[Trainer, Settings]:
         plan, train = self.plan, self.plan.recipe.train
@@ -106,7 +129,8 @@ class _Job:
             path, state = found
             checkpoint.load_optimizer(path, trainer.optimizer, model.module.named_parameters())
             checkpoint.set_random_state(state.random[0])
-            trainer.step, trainer.position, trainer.metrics = state.step, state.position, state.metrics
+            trainer.step, trainer.position = state.step, state.position
+            trainer.metrics, trainer.before = state.metrics, state.before
         return trainer, settings
 
     def save(self, trainer: Trainer) -> None:
@@ -115,7 +139,9 @@ class _Job:
             position=trainer.position,
             total_steps=trainer.settings.total_steps,
             identity=self.identity,
+            tokenizer=self.corpus.tokenizer.fingerprint,
             metrics=trainer.metrics,
+            before=trainer.before,
             random=[checkpoint.random_state()],
         )
         path = checkpoint.save(

@@ -32,7 +32,6 @@ class _Screen:
     spoke: float = 0.0
     last_step: int = 0
     pace: float = 0.0  # seconds a step, lately
-    perplexities: list[float] = field(factory=list)
 
 
 @frozen(kw_only=True, eq=False)
@@ -50,7 +49,7 @@ class Progress:
         from rich.console import Console
 
         s = self._screen
-        s.console, s.perplexities = (Console(highlight=False) if plan.machine.rank == 0 else None), []
+        s.console = Console(highlight=False) if plan.machine.rank == 0 else None
         shape = plan.model.shape
         self._say(
             f"{plan.model.model.entry.name} model: {shape.family}, {shape.parameters:,} parameters "
@@ -105,7 +104,6 @@ class Progress:
 
     @hookimpl
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._screen.perplexities.append(metrics["eval_perplexity"])
         self._say(
             f"held-out documents at step {step}: loss {metrics['eval_loss']:.4f}  perplexity "
             f"{metrics['eval_perplexity']:,.2f}  {metrics['eval_bits_per_byte']:.4f} bits per byte"
@@ -122,9 +120,6 @@ class Progress:
     @hookimpl
     def run_finished(self, output_dir: Path) -> None:
         self._close()
-        before_after = self._screen.perplexities
-        if len(before_after) > 1:
-            self._say(f"held-out perplexity: {before_after[0]:,.2f} before, {before_after[-1]:,.2f} after")
         self._say(f"the model is in {output_dir}: `nanovllm generate {output_dir} --prompt ...`")
 
     def _say(self, text: str) -> None:

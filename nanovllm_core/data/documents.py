@@ -99,9 +99,12 @@ class Documents:
         if not documents:
             raise DataError(self._nothing(self.counts))
 
-    def count(self, progress: Progress | None = None) -> int:
-        """How many documents there are: one walk."""
-        return sum(1 for _ in self.walk(progress))
+    def count(self, progress: Progress | None = None) -> Counts:
+        """What there is: one walk."""
+        for _ in self.walk(progress):
+            pass
+        assert self.counts is not None, "a whole walk sets it"
+        return self.counts
 
     def texts(self, leave_out: Container[int] = (), progress: Progress | None = None) -> Iterator[str]:
         """The text of each document whose number is not in `leave_out` (held-out documents make no vocabulary)."""

@@ -92,20 +92,36 @@ class Store:
         return cls(folder, meta) if meta.get("key") == key and sizes == meta["sizes"] else None
 
 
-def store_key(data_fingerprint: str, tokenizer: Tokenizer, extractors: object) -> str:
-    """What a store is known by. `extractors`: what decides a record's document, as JSON values (names, options)."""
-    parts = [FORMAT, RULES, data_fingerprint, tokenizer.fingerprint, extractors]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode("utf-8")).hexdigest()
+def store_key(documents_key: str, tokenizer: Tokenizer) -> str:
+    """What a store is known by: its documents' key and the tokenizer."""
+    parts = [FORMAT, RULES, documents_key, tokenizer.fingerprint]
+    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
+
+
+def known_counts(root: Path, documents_key: str) -> Counts | None:
+    """What a walk over the documents of this key met, if a store under `root` remembers."""
+    for path in root.glob("[!.]*/meta.json"):
+        try:
+            meta = json.loads(path.read_text("utf-8"))
+            if meta["documents"] == documents_key and meta["format"] == FORMAT:
+                return Counts(**meta["counts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def open_or_build(
     root: Path,
-    key: str,
+    documents_key: str,
     documents: Documents,
     tokenizer: Tokenizer,
     progress: Callable[[int, int], None] | None = None,
 ) -> Store:
-    """The store of this key under `root`: found, or built from `documents`. Raises DataError, OutputError."""
+    """The store of these documents and this tokenizer under `root`: found, or built and all others removed.
+
+    `documents_key` changes whenever the documents do. Raises DataError, OutputError.
+    """
+    key = store_key(documents_key, tokenizer)
     folder = root / key[:32]
     if found := Store.open(folder, key):
         return found
@@ -116,8 +132,11 @@ def open_or_build(
     except OSError as e:
         raise OutputError(f"{root}: the token store cannot be made there ({e.strerror})") from e
     try:
-        _build(building, key, documents, tokenizer, progress)
+        _build(building, {"key": key, "documents": documents_key}, documents, tokenizer, progress)
         _publish(building, folder, key)
+        for other in root.glob("[!.]*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
     except OSError as e:
         raise OutputError(f"{root}: the token store cannot be written ({e.strerror or e})") from e
     finally:
@@ -129,7 +148,11 @@ def open_or_build(
 
 
 def _build(
-    folder: Path, key: str, documents: Documents, tokenizer: Tokenizer, progress: Callable[[int, int], None] | None
+    folder: Path,
+    keys: dict[str, str],
+    documents: Documents,
+    tokenizer: Tokenizer,
+    progress: Callable[[int, int], None] | None,
 ) -> None:
     encoder, dtype = Encoder(tokenizer), "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     sources: list[str] = []
@@ -159,7 +182,7 @@ def _build(
     counts = documents.counts
     assert counts is not None, "a whole walk sets it"
     sizes = {name: (folder / name).stat().st_size for name in (*names, "sources.json")}
-    meta = {"key": key, "format": FORMAT, "dtype": dtype, "tokens": start, "sizes": sizes}
+    meta = {**keys, "format": FORMAT, "dtype": dtype, "tokens": start, "sizes": sizes}
     meta["counts"] = attrs.asdict(counts)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 

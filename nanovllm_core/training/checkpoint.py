@@ -38,7 +38,9 @@ class State:
     position: int  # sequences consumed
     total_steps: int  # of the schedule that was laid out
     identity: str
-    metrics: dict[str, float]
+    tokenizer: str  # its fingerprint
+    metrics: dict[str, float]  # newest held-out figures
+    before: dict[str, float]  # held-out figures before the first step
     random: list[str]  # torch's CPU generator state, base64, one a rank
     format: int = FORMAT
 

@@ -34,10 +34,12 @@ def write_config(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, dty
 
 def export(
     folder: Path, weights: Iterable[tuple[str, Tensor]], config: dict[str, Any], tokenizer: Tokenizer, dtype: str
-) -> None:
-    """Write the model into `folder`, which may hold other things: each file is complete before it takes its name.
+) -> list[str]:
+    """Write the model into `folder`, which may hold other things, an older export among them.
 
-    Weights go out in `dtype` ("float32" | "bfloat16" | "float16"), in shards of at most 5 GB.
+    Weights go out in `dtype` ("float32" | "bfloat16" | "float16"), in shards of at most 5 GB. Each file is complete
+    before it takes its name; `config.json`, without which nothing opens the folder, goes first and comes back last, so
+    that a kill never leaves the parts of two models as one. The names of the files.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -48,11 +50,17 @@ def export(
         state = {name: t.detach().to("cpu", getattr(torch, dtype)).contiguous() for name, t in weights}
         save_torch_state_dict(state, partial, safe_serialization=True)
         write_config(partial, config, tokenizer, dtype)
-        for path in sorted(
-            partial.iterdir(), key=lambda p: p.name == "config.json"
-        ):  # config.json last: it marks a model
+        (folder / "config.json").unlink(missing_ok=True)
+        for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
+            old.unlink()
+        sync(folder)
+        written = sorted(partial.iterdir(), key=lambda p: p.name == "config.json")
+        for path in written:
             sync(path)
+            if path.is_dir():  # some tokenizers keep their chat templates in one
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             os.replace(path, folder / path.name)
         sync(folder)
+        return [path.name for path in written if (folder / path.name).is_file()]
     finally:
         shutil.rmtree(partial, ignore_errors=True)

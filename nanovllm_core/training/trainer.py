@@ -67,6 +67,7 @@ class Trainer:
         self.model, self.steps, self.settings, self.events, self.evaluation = model, steps, settings, events, evaluation
         self.step, self.position = 0, 0
         self.metrics: dict[str, float] = {}  # the newest held-out figures
+        self.before: dict[str, float] = {}  # those before the first step
         self.optimizer = adamw(
             model.module.named_parameters(),
             learning_rate=settings.learning_rate,
@@ -80,6 +81,7 @@ class Trainer:
         self.model.module.train(True)
         if self.step == 0:
             self.evaluate()
+            self.before = self.metrics
         window = _Window()
         while self.step < s.total_steps:
             data = self.steps.step(self.position)

@@ -16,7 +16,7 @@ from nanovllm_core.contracts import Source
 from nanovllm_core.data import store as store_module
 from nanovllm_core.data.documents import Documents
 from nanovllm_core.data.sources import Sources
-from nanovllm_core.data.store import Store, open_or_build, store_key
+from nanovllm_core.data.store import Store, known_counts, open_or_build, store_key
 from nanovllm_core.errors import DataError, OutputError
 
 VALUES = {"a.jsonl": ["one", "", "two two"], "b.txt": [("Question", "Answer")], "c.txt": ["drei"]}
@@ -55,7 +55,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path, memory, letters) -> 
     ]
     with pytest.raises(DataError, match=r"a\[0\]: the tokenizer gave id 128516"):
         open_or_build(tmp_path, "x" * 64, memory(values), letters())
-    assert [p.name for p in tmp_path.iterdir()] == [KEY[:32]]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_found_again_without_reading_and_equal_when_rebuilt(tmp_path: Path, memory, letters) -> None:
@@ -74,15 +74,25 @@ def test_batches_do_not_change_it(tmp_path: Path, memory, letters, monkeypatch: 
     assert contents(open_or_build(tmp_path / "2", KEY, memory(VALUES), letters())) == contents(first)
 
 
-def test_key_depends_on_all_that_decides_the_ids(letters) -> None:
-    keys = {
-        store_key("data", letters(), [["fields", {"chat": True}]]),
-        store_key("other", letters(), [["fields", {"chat": True}]]),
-        store_key("data", letters(prefix=False), [["fields", {"chat": True}]]),
-        store_key("data", letters(), [["fields", {"chat": False}]]),
-    }
-    assert len(keys) == 4
-    assert store_key("data", letters(), [["fields", {"chat": True}]]) in keys
+def test_key_depends_on_documents_and_tokenizer(letters) -> None:
+    keys = [
+        store_key("data", letters()),
+        store_key("data", letters()),
+        store_key("other", letters()),
+        store_key("data", letters(prefix=False)),
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+def test_one_store_is_kept_and_remembers_its_counts(tmp_path: Path, memory, letters) -> None:
+    open_or_build(tmp_path, "1" * 64, memory(VALUES), letters())
+    second = open_or_build(tmp_path, "2" * 64, memory(VALUES), letters())
+    assert list(tmp_path.iterdir()) == [second.folder]
+    assert known_counts(tmp_path, "2" * 64) == second.counts
+    assert known_counts(tmp_path, "1" * 64) is None
+    (second.folder / "meta.json").write_text("{")
+    assert known_counts(tmp_path, "2" * 64) is None
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "trained.bin", "documents.bin", "meta.json", "sources.json"])
@@ -118,7 +128,7 @@ def test_unfinished_stores_of_dead_processes_are_removed(tmp_path: Path, memory,
     os.utime(old / "tokens.bin", (past, past))
     os.utime(old, (past, past))
     open_or_build(tmp_path, KEY, memory(VALUES), letters())
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".building-new", KEY[:32]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".building-new", store_key(KEY, letters())[:32]]
 
 
 SCRIPT = """

@@ -3,6 +3,9 @@
 import json
 
 import pytest
+from attrs import define, field
+
+from nanovllm_core import Machine, Recipe, Registry, hookimpl, make_plan, run
 
 RECIPE = """\
 data: {{path: docs, max_seq_length: 64, chunk_overlap: 8, min_chunk_size: 8, eval_fraction: 0.2}}
@@ -20,6 +23,47 @@ train:
 generate: {{prompts: ["The river"], max_tokens: 8, temperature: 0}}
 output_dir: {output}
 """
+
+
+@define(eq=False)
+class Watch:
+    """Keeps everything that a run says."""
+
+    notes: list = field(factory=list)
+    steps: dict = field(factory=dict)
+    evaluations: dict = field(factory=dict)
+    saved: list = field(factory=list)
+    answers: dict = field(factory=dict)
+    phases: set = field(factory=set)
+
+    @hookimpl
+    def note(self, text):
+        self.notes.append(text)
+
+    @hookimpl
+    def step_done(self, step, metrics):
+        self.steps[step] = metrics
+
+    @hookimpl
+    def evaluated(self, step, metrics):
+        self.evaluations[step] = metrics
+
+    @hookimpl
+    def checkpoint_saved(self, step, path):
+        self.saved.append(step)
+
+    @hookimpl
+    def phase_progress(self, phase, done, total, unit):
+        assert 0 <= done <= total
+        self.phases.add(phase)
+
+    @hookimpl
+    def generated(self, prompt, text):
+        self.answers[prompt] = text
+
+    def said(self, part):
+        return any(part in note for note in self.notes)
+
 
 WORDS = "the river runs past old mills and under a stone bridge where children fish for trout".split()  # noqa: SIM905
 
@@ -47,3 +91,16 @@ def folder(tmp_path):
     (docs / "picture.png").write_bytes(b"\x89PNG")
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(output="out"))
     return tmp_path
+
+
+@pytest.fixture
+def go(folder):
+    """Runs the folder's recipe with `--set` texts, more callbacks and more components: the result's folder, what it said."""
+
+    def go(*sets, callbacks=(), **kinds):
+        watch = Watch()
+        recipe = Recipe.load(folder / "recipe.yaml", sets=("callbacks=[metrics]", *sets))
+        registry = Registry.from_environment().extended(**kinds)
+        return run(make_plan(recipe, registry, Machine()), callbacks=[watch, *callbacks]), watch
+
+    return go

@@ -101,7 +101,7 @@ def test_a_run_leaves_a_model_checkpoints_metrics_and_a_lock(folder):
     assert {"learning_rate", "tokens_per_second"} <= lines[1].keys()
     assert [x["step"] for x in lines if "eval_loss" in x] == [0, 3, 6]
     lock = json.loads((out / "plan.lock.json").read_text())
-    assert lock["components"]["model"]["use"] == "preset"
+    assert lock["components"]["model"]["use"] == "nanovllm/preset"
     assert lock["versions"]["torch"] == torch.__version__
 
 

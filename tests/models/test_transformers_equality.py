@@ -119,7 +119,11 @@ def test_bf16_stays_near_fp32(build: Build, pack: Pack, save_transformers: Save)
 
 
 def test_smollm2(build: Build, pack: Pack, smollm2: Path) -> None:
-    """A real model: the same logits and loss, packed as alone."""
+    """A real model: the same logits and loss, packed as alone.
+
+    On some processors transformers' own fp32 logits are 1e-4 from those in fp64, and products of other shapes, as
+    packing makes them, round differently by about 2e-4.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = Pretrained(path=str(smollm2))
@@ -134,8 +138,10 @@ def test_smollm2(build: Build, pack: Pack, smollm2: Path) -> None:
     lengths = tuple(len(d) for d in documents)
     with torch.no_grad():
         packed = ours(torch.cat(documents), pack(*lengths))
-        for mine, document in zip(packed.split(lengths), documents, strict=True):
-            assert (mine - theirs(document[None]).logits[0]).abs().max() <= 1e-4
+        for beside, document in zip(packed.split(lengths), documents, strict=True):
+            wanted = theirs(document[None]).logits[0]
+            assert (ours(document, pack(len(document))) - wanted).abs().max() <= 1e-4
+            assert (beside - wanted).abs().max() <= 5e-4
         document = documents[0]
         targets = torch.cat([document[1:], torch.tensor([IGNORE])])
         loss = ours(document, pack(len(document)), targets=targets) / (len(document) - 1)

@@ -30,7 +30,8 @@ def trained(seed, steps=3):
 
 
 def state(step, **changes):
-    values = {"position": step * 8, "total_steps": 100, "identity": "abc", "metrics": {"eval_loss": 1.5}}
+    values = {"position": step * 8, "total_steps": 100, "identity": "abc", "tokenizer": "def"}
+    values |= {"metrics": {"eval_loss": 1.5}, "before": {"eval_loss": 2.5}}
     return checkpoint.State(step=step, random=[checkpoint.random_state()], **{**values, **changes})
 
 
