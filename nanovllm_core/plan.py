@@ -25,7 +25,7 @@ from nanovllm_core.data.documents import Documents
 from nanovllm_core.data.sources import Sources
 from nanovllm_core.errors import DataError, RecipeError
 from nanovllm_core.estimate import Memory, training_memory
-from nanovllm_core.hooks import bind
+from nanovllm_core.hooks import bind, given
 from nanovllm_core.hookspecs import Callbacks, Extractors, Kernels, Models, Parallel, Readers, Tokenizers
 from nanovllm_core.machine import Machine
 from nanovllm_core.negotiate import Candidate, Choice, ask, choose
@@ -101,9 +101,9 @@ class Plan:
     chunk_overlap: Decision
 
     def events(self, more: tuple[object, ...] = ()) -> Callbacks:
-        """All callbacks as one relay: the recipe's, then those handed to `run`."""
-        given = [(f"(given) {i} {type(c).__name__}", c) for i, c in enumerate(more)]
-        return bind(Callbacks, [*((c.entry.full_name, c.component) for c in self.callbacks), *given])
+        """All callbacks as one relay: the recipe's, then those handed to `run`. Raises BrokenComponent."""
+        recipes = [(c.entry.full_name, c.component) for c in self.callbacks]
+        return bind(Callbacks, [*recipes, *given("callbacks", more)])
 
 
 def _bound(spec: type[Spec], component: Any) -> Spec:

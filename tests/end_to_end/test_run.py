@@ -12,7 +12,7 @@ import torch
 from attrs import define, field
 
 from nanovllm_core import LLM, Machine, Recipe, Registry, SamplingParams, hookimpl, make_plan, run
-from nanovllm_core.errors import DataError, OutputError, RecipeError
+from nanovllm_core.errors import BrokenComponent, DataError, OutputError, RecipeError
 
 
 @define(eq=False)
@@ -270,6 +270,25 @@ def test_a_reader_and_a_callback_from_memory(folder):
     out, watch = go(folder, "data.path='memory:'", "data.readers=memory", readers={"memory": Memory})
     assert watch.said("30 documents")
     assert (out / "model.safetensors").exists()
+
+
+def test_a_component_named_twice_works_twice(folder):
+    """Each with its own options."""
+    extractors = "data.extractors=[fields, {use: fields, fields: [words]}]"
+    out, watch = go(folder, "callbacks=[metrics, {use: metrics, file: other.jsonl}]", extractors)
+    assert (out / "other.jsonl").read_text() == (out / "metrics.jsonl").read_text()
+    assert sorted(watch.steps) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_callback_with_a_misspelt_hook_is_refused_before_anything_is_written(folder):
+    class Watcher:
+        @hookimpl
+        def step_don(self, step, metrics): ...
+
+    plan = make_plan(Recipe.load(folder / "recipe.yaml"), Registry.from_environment(), Machine())
+    with pytest.raises(BrokenComponent, match=r"callbacks\[0\] as given: Watcher .*did you mean 'step_done'"):
+        run(plan, callbacks=[Watcher()])
+    assert not (folder / "out").exists()
 
 
 def test_two_runs_do_not_write_into_one_folder(folder):
