@@ -45,7 +45,8 @@ def test_init_run_generate(tmp_path):
 
 
 def test_explain_prints_every_choice(folder):
-    done = nanovllm("explain", folder / "recipe.yaml", "--set", "train.seed=9")
+    sets = ("--set", "train.seed=9", "--set", "tokenizer={use: bpe, size: 500}")
+    done = nanovllm("explain", folder / "recipe.yaml", *sets)
     assert done.returncode == 0, done.stderr
     assert "parameters, 4 layers, hidden 256" in done.stdout
     assert "kernels       torch from nanovllm" in done.stdout
@@ -53,6 +54,7 @@ def test_explain_prints_every_choice(folder):
     assert "jsonl from nanovllm" in done.stdout
     assert ": 4 files" in done.stdout  # the txt reader's
     assert "seed: 9 (--set train.seed=9)" in done.stdout
+    assert "size: 500 (--set tokenizer={use: bpe, size: 500})" in done.stdout
     assert 'size: "tiny" (' in done.stdout
     assert "recipe.yaml:3:" in done.stdout
     assert "(default)" in done.stdout
