@@ -28,7 +28,7 @@ from nanovllm_core.estimate import Memory, training_memory
 from nanovllm_core.hooks import bind, given
 from nanovllm_core.hookspecs import Callbacks, Extractors, Kernels, Models, Parallel, Readers, Tokenizers
 from nanovllm_core.machine import Machine
-from nanovllm_core.negotiate import Candidate, Choice, ask, choose
+from nanovllm_core.negotiate import Candidate, Choice, ask, choose, usable
 from nanovllm_core.recipe import AUTO, Component, Recipe
 from nanovllm_core.registry import Registry
 from nanovllm_core.slots import Slots
@@ -155,8 +155,9 @@ def _plan_data(slots: Slots, output_dir: Path) -> DataPlan:
     path = recipe.base / Path(recipe.data.path).expanduser()
     sources = Sources.find(str(path.resolve()) if path.exists() else recipe.data.path, exclude=output_dir)
     readers = tuple(slots.candidates("readers", recipe.data.readers)[0])
-    extractors = tuple(slots.named("extractors", c) for c in recipe.data.extractors)
-    relay = bind(Extractors, [(c.entry.full_name, c.component) for c in extractors])  # the first answer wins
+    extractors = tuple(slots.candidates("extractors", recipe.data.extractors)[0])
+    asked = usable("data.extractors", extractors)  # in this order; the first answer wins
+    relay = bind(Extractors, [(c.entry.full_name, c.component) for c in asked])
     taken: Counter[str] = Counter()
     documents = Documents(sources, _Pick(readers, taken), lambda record: relay.extract(record=record))
     return DataPlan(documents=documents, readers=readers, extractors=extractors, taken=taken)
@@ -175,9 +176,9 @@ def plan_model(
     model = choose("model", [slots.named("models", recipe.model)], lambda m: _bound(Models, m).probe(), "recipe")
     models = _bound(Models, model.component)
     wanted, by = recipe.tokenizer, "recipe"
-    if wanted is None or wanted == AUTO:
-        named = dict(models.tokenizer())
-        wanted, by = Component(use=named.pop("use"), options=named, at=("tokenizer",)), "default"
+    if wanted is None or wanted.use == AUTO.use:  # the model's own; options of `auto` go over its options
+        own = {**models.tokenizer(), **(wanted.options if wanted else {})}
+        wanted, by = Component(use=own.pop("use"), options=own, at=("tokenizer",)), "default"
     told = f"{model.entry.name} goes with it" if by == "default" else "named in the recipe"
     tokenizer = choose("tokenizer", [slots.named("tokenizers", wanted)], lambda t: Accept(why=told), by)
     vocabulary = _bound(Tokenizers, tokenizer.component).vocab_size(data_bytes=data_bytes)

@@ -47,7 +47,8 @@ class Data:
 
     path: file or folder of documents (sub-folders included); relative ones count from the recipe's folder
     readers: components that open files; `auto` chooses for each file
-    extractors: components that find the text in a record; asked in order, the first answer wins
+    extractors: components that find the text in a record; asked in order, the first answer wins; `auto` stands for all
+      that are not named, by name
     max_seq_length: tokens of one training sequence
     concatenate_documents: join all documents into one stream before cutting, instead of cutting each by itself
     document_separator: text between documents when they are joined
@@ -152,7 +153,7 @@ class Recipe:
     """One training run, or one model to generate with.
 
     data: the documents
-    tokenizer: component; null: the one that goes with the model
+    tokenizer: component; null or `auto`: the one that goes with the model, with the options that `auto` carries
     model: component: `preset` for a new model, `pretrained` to fine-tune one
     kernels: operation -> component, `"*"` for all others; one component alone serves all
     parallel: component that spreads the model over devices
