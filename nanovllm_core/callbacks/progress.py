@@ -32,7 +32,7 @@ class _Screen:
     spoke: float = 0.0
     last_step: int = 0
     pace: float = 0.0  # seconds a step, lately
-    perplexities: list[float] = field(factory=list)
+    perplexities: list[tuple[int, float]] = field(factory=list)  # (step, held-out perplexity)
 
 
 @frozen(kw_only=True, eq=False)
@@ -105,7 +105,7 @@ class Progress:
 
     @hookimpl
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._screen.perplexities.append(metrics["eval_perplexity"])
+        self._screen.perplexities.append((step, metrics["eval_perplexity"]))
         self._say(
             f"held-out documents at step {step}: loss {metrics['eval_loss']:.4f}  perplexity "
             f"{metrics['eval_perplexity']:,.2f}  {metrics['eval_bits_per_byte']:.4f} bits per byte"
@@ -122,9 +122,11 @@ class Progress:
     @hookimpl
     def run_finished(self, output_dir: Path) -> None:
         self._close()
-        before_after = self._screen.perplexities
-        if len(before_after) > 1:
-            self._say(f"held-out perplexity: {before_after[0]:,.2f} before, {before_after[-1]:,.2f} after")
+        measured = self._screen.perplexities
+        if len(measured) > 1:
+            (step, first), (_, last) = measured[0], measured[-1]
+            when = f"at step {step}" if step else "before"  # a resumed run has not measured the untrained model
+            self._say(f"held-out perplexity: {first:,.2f} {when}, {last:,.2f} after")
         self._say(f"the model is in {output_dir}: `nanovllm generate {output_dir} --prompt ...`")
 
     def _say(self, text: str) -> None:
