@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -15,7 +16,12 @@ def nanovllm(*arguments, cwd=None):
 def test_init_run_generate(tmp_path):
     done = nanovllm("init", "demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "79 documents" in done.stdout or "documents (" in done.stdout
+    topics = import_module("pydoc_data.topics").topics
+    count, characters = len(topics), sum(map(len, topics.values()))
+    assert done.stdout == (
+        f"{count} documents ({characters:,} characters) in demo/documents, and the recipe demo/recipe.yaml\n"
+        "next: nanovllm run demo/recipe.yaml\n"
+    )
     kinds = {p.suffix for p in (tmp_path / "demo" / "documents").rglob("*") if p.is_file()}
     assert kinds == {".txt", ".json", ".jsonl"}
     short = ["train.max_steps=4", "train.eval_steps=2", "data.path=documents/notes", "generate.max_tokens=6"]
