@@ -8,8 +8,9 @@ not a silence later.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import attrs
 import pluggy
@@ -35,8 +36,13 @@ def verify(kind: str, cls: object) -> str | None:
         return f"is {type(cls).__name__}, not a class"
     if not attrs.has(cls):
         return "is not an attrs class (decorate it with @frozen(kw_only=True, eq=False))"
+    return verify_hooks(kind, cls)
+
+
+def verify_hooks(kind: str, cls: Any) -> str | None:
+    """As `verify`, for the class of a ready instance: it has no options to structure, so it need not be an attrs class."""
     if cls.__eq__ is not object.__eq__:
-        return "compares by value, which breaks pluggy (decorate it with @frozen(kw_only=True, eq=False))"
+        return "compares by value, which breaks pluggy (define no __eq__; in attrs and dataclasses: eq=False)"
     spec = SPECS[kind]
     expected = _hooks(spec)
     marked = {name for name in dir(cls) if callable(m := getattr(cls, name, None)) and hasattr(m, f"{PROJECT}_impl")}
@@ -74,13 +80,34 @@ def _uncallable(name: str, function: object, spec: inspect.Signature) -> str | N
 def bind(spec: type[Spec], components: Iterable[tuple[str, object]]) -> Spec:
     """The hooks of these (label, component) pairs as one relay, called with keywords like the spec's methods.
 
-    First result wins where the spec says so, in the order given. Components must have passed `verify`.
+    First result wins where the spec says so, in the order given. Components must have passed `verify`. A label may
+    come again (the same component with other options); an instance may not.
     """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(spec)
-    for label, component in reversed(list(components)):  # pluggy calls the last registered first
+    seen: Counter[str] = Counter()
+    named: list[tuple[str, object]] = []
+    for label, component in components:
+        seen[label] += 1
+        if any(component is other for _, other in named):
+            raise BrokenComponent(f"{label}: the same instance is given twice; make a second one, or name it once")
+        named.append((f"{label} #{seen[label]}" if seen[label] > 1 else label, component))
+    for name, component in reversed(named):  # pluggy calls the last registered first
         try:
-            manager.register(component, name=label)
+            manager.register(component, name=name)
         except (ValueError, pluggy.PluginValidationError) as e:
-            raise BrokenComponent(f"{label}: {e}") from e
+            raise BrokenComponent(f"{name}: {e}") from e
     return cast("Spec", manager.hook)
+
+
+def given(kind: str, instances: Iterable[object]) -> list[tuple[str, object]]:
+    """Ready instances, each with a label for `bind`. Raises BrokenComponent for one whose hooks do not follow the spec."""
+    pairs = []
+    for i, instance in enumerate(instances):
+        label = f"{kind}[{i}] as given: {type(instance).__name__}"
+        if isinstance(instance, type):
+            raise BrokenComponent(f"{kind}[{i}] as given: {instance.__name__} is a class; give an instance of it")
+        if problem := verify_hooks(kind, type(instance)):
+            raise BrokenComponent(f"{label} {problem}")
+        pairs.append((label, instance))
+    return pairs

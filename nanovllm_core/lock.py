@@ -29,7 +29,7 @@ def reading(plan: Plan, *, versions: bool) -> dict[str, Any]:
     return {
         "assignment": data.assignment,
         "readers": [_described(c, versions=versions) for c in used],
-        "extractors": [_described(c, versions=versions) for c in data.extractors],
+        "extractors": [_described(c, versions=versions) for c in data.extractors if not c.unusable],
     }
 
 

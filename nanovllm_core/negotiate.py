@@ -49,6 +49,15 @@ def ask(candidate: Candidate, probe: Callable[[Any], object]) -> Verdict:
     return Refuse(f"its probe answered {verdict!r}, neither Accept nor Refuse")
 
 
+def usable(slot: str, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that can be asked, where all of a list are. Raises RefusedError when none can."""
+    found = [c for c in candidates if not c.unusable]
+    if not found:
+        reasons = "".join(f"\n  {c.entry.name}: {c.unusable}" for c in candidates) or " (none is named or installed)"
+        raise RefusedError(f"{slot}: no component can be used:{reasons}")
+    return found
+
+
 def choose(slot: str, candidates: Sequence[Candidate], probe: Callable[[Any], object], by: str) -> Choice:
     """The accepting candidate of highest priority.
 

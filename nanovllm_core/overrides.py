@@ -50,14 +50,16 @@ def override(text: Text, setting: str, recipe: type) -> Text:
     if not equals or not all(keys):
         raise RecipeError(f"{place}: expected KEY=VALUE, e.g. --set train.learning_rate=1e-4")
     try:
-        value = parse(value_text, "value").data
+        given = parse(value_text, "value")
     except RecipeError as e:
         raise RecipeError(f"{place}: {e}; put quotes around a text") from None
     _known(keys, recipe, place)
-    data, path = _set(text.data, keys, value, (), recipe, place)
+    data, path = _set(text.data, keys, given.data, (), recipe, place)
     inside = len(path)
     places = {p: at for p, at in text.places.items() if p[:inside] != path} | {path: place}
+    places |= {(*path, *p): place for p in given.places}
     names = {p: at for p, at in text.keys.items() if p[:inside] != path} | {path: place}
+    names |= {(*path, *p): place for p in given.keys}
     for end in range(1, inside):  # sections that the text leaves out exist because of this setting
         places.setdefault(path[:end], place)
     return attrs.evolve(text, data=data, places=places, keys=names)

@@ -26,10 +26,10 @@ from nanovllm_core.data.documents import Documents
 from nanovllm_core.data.sources import Sources
 from nanovllm_core.errors import DataError, RecipeError
 from nanovllm_core.estimate import Memory, training_memory
-from nanovllm_core.hooks import bind
+from nanovllm_core.hooks import bind, given
 from nanovllm_core.hookspecs import Callbacks, Extractors, Kernels, Models, Parallel, Readers, Tokenizers
 from nanovllm_core.machine import Machine
-from nanovllm_core.negotiate import Candidate, Choice, ask, choose
+from nanovllm_core.negotiate import Candidate, Choice, ask, choose, usable
 from nanovllm_core.options import model_refs
 from nanovllm_core.recipe import AUTO, Component, Recipe
 from nanovllm_core.registry import Registry
@@ -106,9 +106,9 @@ class Plan:
     chunk_overlap: Decision
 
     def events(self, more: tuple[object, ...] = ()) -> Callbacks:
-        """All callbacks as one relay: the recipe's, then those handed to `run`."""
-        given = [(f"(given) {i} {type(c).__name__}", c) for i, c in enumerate(more)]
-        return bind(Callbacks, [*((c.entry.full_name, c.component) for c in self.callbacks), *given])
+        """All callbacks as one relay: the recipe's, then those handed to `run`. Raises BrokenComponent."""
+        recipes = [(c.entry.full_name, c.component) for c in self.callbacks]
+        return bind(Callbacks, [*recipes, *given("callbacks", more)])
 
 
 def _bound(spec: type[Spec], component: Any) -> Spec:
@@ -173,8 +173,9 @@ def _plan_data(slots: Slots, output_dir: Path) -> DataPlan:
     path = recipe.base / Path(recipe.data.path).expanduser()
     sources = Sources.find(str(path.resolve()) if path.exists() else recipe.data.path, exclude=output_dir)
     readers = tuple(slots.candidates("readers", recipe.data.readers)[0])
-    extractors = tuple(slots.named("extractors", c) for c in recipe.data.extractors)
-    relay = bind(Extractors, [(c.entry.full_name, c.component) for c in extractors])  # the first answer wins
+    extractors = tuple(slots.candidates("extractors", recipe.data.extractors)[0])
+    asked = usable("data.extractors", extractors)  # in this order; the first answer wins
+    relay = bind(Extractors, [(c.entry.full_name, c.component) for c in asked])
     pick = _Pick(readers)
     documents = Documents(sources, pick, lambda record: relay.extract(record=record))
     return DataPlan(
@@ -199,9 +200,9 @@ def plan_model(
     model = choose("model", [slots.named("models", recipe.model)], lambda m: _bound(Models, m).probe(), "recipe")
     models = _bound(Models, model.component)
     wanted, by = recipe.tokenizer, "recipe"
-    if wanted is None or wanted == AUTO:
-        named = dict(models.tokenizer())
-        wanted, by = Component(use=named.pop("use"), options=named, at=("tokenizer",)), "default"
+    if wanted is None or wanted.use == AUTO.use:  # the model's own; options of `auto` go over its options
+        own = {**models.tokenizer(), **(wanted.options if wanted else {})}
+        wanted, by = Component(use=own.pop("use"), options=own, at=("tokenizer",)), "default"
     told = f"{model.entry.name} goes with it" if by == "default" else "named in the recipe"
     tokenizer = choose("tokenizer", [slots.named("tokenizers", wanted)], lambda t: Accept(why=told), by)
     vocabulary = _bound(Tokenizers, tokenizer.component).vocab_size(data_bytes=data_bytes)

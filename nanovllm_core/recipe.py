@@ -8,6 +8,7 @@ component is met one step later.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +47,8 @@ class Data:
 
     path: file or folder of documents (sub-folders included); relative ones count from the recipe's folder
     readers: components that open files; `auto` chooses for each file
-    extractors: components that find the text in a record; asked in order, the first answer wins
+    extractors: components that find the text in a record; asked in order, the first answer wins; `auto` stands for all
+      that are not named, by name
     max_seq_length: tokens of one training sequence
     concatenate_documents: join all documents into one stream before cutting, instead of cutting each by itself
     document_separator: text between documents when they are joined
@@ -117,6 +119,8 @@ class Train:
 class Generate:
     """What the finished model is asked.
 
+    The bounds are those of `inference.sampling.SamplingParams`, known here before anything is trained.
+
     prompts: texts to continue when training is over
     max_tokens: longest answer
     temperature: 0 takes the likeliest token, higher is more varied
@@ -128,11 +132,16 @@ class Generate:
 
     prompts: tuple[str, ...] = ()
     max_tokens: int = field(default=64, validator=at_least(1))
-    temperature: float = field(default=0.7, validator=at_least(0))
+    temperature: float = field(default=0.7, validator=[at_least(0), below(math.inf)])
     top_k: int | None = field(default=None, validator=at_least(1))
     top_p: float = field(default=0.95, validator=Bounds(low=0, high=1, open_low=True))
     seed: int = field(default=42, validator=[at_least(0), below(2**63)])
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = field(default=())
+
+    @stop.validator
+    def _not_empty(self, attribute: Any, value: tuple[str, ...]) -> None:
+        if "" in value:
+            raise ValueError("got '', an empty text, which would end every answer before it begins")
 
 
 def _for_all(kernels: Mapping[str, Component]) -> dict[str, Component]:
@@ -144,7 +153,7 @@ class Recipe:
     """One training run, or one model to generate with.
 
     data: the documents
-    tokenizer: component; null: the one that goes with the model
+    tokenizer: component; null or `auto`: the one that goes with the model, with the options that `auto` carries
     model: component: `preset` for a new model, `pretrained` to fine-tune one
     kernels: operation -> component, `"*"` for all others; one component alone serves all
     parallel: component that spreads the model over devices

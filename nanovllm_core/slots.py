@@ -7,11 +7,11 @@ from typing import Any
 
 from attrs import frozen
 
-from nanovllm_core.errors import BrokenComponent, OptionError
+from nanovllm_core.errors import BrokenComponent, OptionError, UnknownComponent, listed
 from nanovllm_core.negotiate import Candidate
 from nanovllm_core.recipe import AUTO, Component, Recipe
 from nanovllm_core.registry import Entry, Registry
-from nanovllm_core.structure import path_text, structure
+from nanovllm_core.structure import line, path_text, structure
 
 
 @frozen
@@ -23,11 +23,15 @@ class Slots:
 
     def named(self, kind: str, wanted: Component) -> Candidate:
         """The component that the recipe names. Raises when it is unknown, ambiguous, broken or misconfigured."""
+        if wanted.use == AUTO.use:
+            names = listed(e.name for e in self.registry.of_kind(kind))
+            place = line("`auto` chooses nothing here", wanted.at, self.recipe.text)
+            raise UnknownComponent(f"{place}; name the {kind} that you want (installed: {names})")
         entry = self.registry.find(kind, wanted.use)
         return Candidate(entry=entry, component=self._make(entry, wanted), at=wanted.at)
 
     def candidates(self, kind: str, wanted: Sequence[Component]) -> tuple[list[Candidate], str]:
-        """Who is asked for a slot, and by what: each named component, and for `auto` all others of the kind."""
+        """Who is asked for a slot, and by what: each named component, and for `auto` all others of the kind, by name."""
         named = [self.named(kind, w) for w in wanted if w.use != AUTO.use]
         taken = {(c.entry.name, c.entry.distribution) for c in named}
         autos = [w for w in wanted if w.use == AUTO.use]
@@ -35,7 +39,7 @@ class Slots:
         for auto in autos[:1]:
             found += [
                 self._asked(entry, auto)
-                for entry in self.registry.of_kind(kind)
+                for entry in sorted(self.registry.of_kind(kind), key=lambda e: (e.name, e.distribution))
                 if (entry.name, entry.distribution) not in taken
             ]
         return found, "auto" if autos else "recipe"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,16 +50,23 @@ class Metrics:
         if path is None:
             return
         if not self._open.begun:  # a resumed run takes its later steps again: drop what they said before
-            kept = [text for text in _lines(path) if json.loads(text)["step"] < line["step"]]
-            path.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
+            _keep_before(path, line["step"])
             self._open.begun = True
         with path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
 
 
-def _lines(path: Path) -> list[str]:
-    """The complete lines of the file; a line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    *whole, _cut = path.read_text(encoding="utf-8").split("\n")
-    return whole
+def _keep_before(path: Path, step: float) -> None:
+    """Leave the lines of earlier steps alone; what cannot be read (a line that a kill cut short) goes too."""
+    if path.exists():
+        aside = path.with_name(f".{path.name}.partial")
+        with path.open("rb") as old, aside.open("wb") as new:
+            new.writelines(text.rstrip(b"\n") + b"\n" for text in old if _step(text) < step)
+        os.replace(aside, path)  # so that a kill meets the old file or the new one, whole
+
+
+def _step(text: bytes) -> float:
+    try:
+        return float(json.loads(text.decode("utf-8"))["step"])
+    except (ValueError, TypeError, LookupError):
+        return float("inf")

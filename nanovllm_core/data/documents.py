@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from attrs import field, frozen
 
 from nanovllm_core.contracts import Document, Record, Source
 from nanovllm_core.data.sources import Progress, Sources, fingerprint, suffix_of
-from nanovllm_core.errors import DataError
+from nanovllm_core.errors import BrokenComponent, DataError
 
 EMPTY = "empty"
 UNTRAINED = "no text to train on"
@@ -77,7 +77,10 @@ class Documents:
         return self.walk()
 
     def walk(self, progress: Progress | None = None) -> Iterator[Document]:
-        """Every document that holds text to train on. Raises DataError at the first bad record, or if there is none."""
+        """Every document that holds text to train on.
+
+        Raises DataError at the first bad record, or if there is none; BrokenComponent for what is no record or document.
+        """
         records = documents = characters = size = 0
         skipped: Counter[str] = Counter()
         for record in self._records(progress):
@@ -85,6 +88,10 @@ class Documents:
             document = self._extract(record)
             if document is None:
                 raise DataError(f"{record.place}: none of data.extractors finds a document in this record")
+            if not isinstance(document, Document):
+                raise BrokenComponent(
+                    f"{record.place}: the first of data.extractors to answer gave {_type(document)}, not a Document or None"
+                )
             if reason := _reason_to_skip(document):
                 skipped[reason] += 1
                 continue
@@ -118,25 +125,25 @@ class Documents:
         for source, reader in self._known:
             if not source.exists:
                 whole.update(source.name.encode("utf-8"))
-                for record in reader.read(source=source):
+                for record in _read(source, reader):
                     whole.update(json.dumps(record.value, sort_keys=True).encode("ascii") + b"\n")
         return whole.hexdigest()
 
     def _records(self, progress: Progress | None) -> Iterator[Record]:
         done = told = 0
         for source, reader in self._known:
-            try:
-                for record in reader.read(source=source):
-                    if progress is not None and done + record.byte - told >= STRIDE:
-                        told = done + min(record.byte, source.size)
-                        progress(told, self.bytes)
-                    yield record
-            except OSError as e:
-                raise DataError(f"{source.name}: cannot be read ({e.strerror or e})") from e
+            for record in _read(source, reader):
+                here = done + min(record.byte, source.size)
+                if progress is not None and here - told >= STRIDE and here < self.bytes:
+                    told = here
+                    progress(here, self.bytes)
+                yield record
             done += source.size
-            if progress is not None and (done - told >= STRIDE or done == self.bytes):
+            if progress is not None and done - told >= STRIDE and done < self.bytes:
                 told = done
                 progress(done, self.bytes)
+        if progress is not None and self._known:
+            progress(self.bytes, self.bytes)  # once, whatever the last sources hold: it says that the walk is over
 
     def _nothing(self, counts: Counts) -> str:
         kinds = ", ".join(f"{n} {suffix or '(no suffix)'}" for suffix, n in sorted(self.unknown.items()))
@@ -147,6 +154,26 @@ class Documents:
         if self.all.hidden:
             parts.append(f"{self.all.hidden} hidden files and folders left out")
         return f"{self.all.path}: no documents; found: {'; '.join(parts) or 'nothing at all'}"
+
+
+def _read(source: Source, reader: Reader) -> Iterator[Record]:
+    """The source's records. Raises DataError when the file cannot be read, BrokenComponent when these are no records."""
+    try:
+        records: object = reader.read(source=source)
+        if not isinstance(records, Iterable):
+            raise BrokenComponent(
+                f"{source.name}: its reader's `read` gave {_type(records)}, not an iterator of Record"
+            )
+        for number, record in enumerate(records):
+            if not isinstance(record, Record):
+                raise BrokenComponent(f"{source.name}[{number}]: its reader gave {_type(record)}, not a Record")
+            yield record
+    except OSError as e:
+        raise DataError(f"{source.name}: cannot be read ({e.strerror or e})") from e
+
+
+def _type(value: object) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def _reason_to_skip(document: Document) -> str | None:

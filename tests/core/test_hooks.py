@@ -4,7 +4,8 @@ import pytest
 from attrs import define, frozen
 
 from nanovllm_core.contracts import Accept, Document, Record, Segment, Source
-from nanovllm_core.hooks import bind, verify
+from nanovllm_core.errors import BrokenComponent
+from nanovllm_core.hooks import bind, given, verify
 from nanovllm_core.hookspecs import SPECS, Callbacks, Extractors, Readers, hookimpl
 
 
@@ -140,3 +141,63 @@ def test_two_equal_components_of_one_class_are_both_called():
 
     bind(Callbacks, [("1", Hears()), ("2", Hears())]).note(text="hi")
     assert heard == ["hi", "hi"]
+
+
+def test_one_component_may_stand_in_a_list_twice_with_other_options():
+    @frozen(kw_only=True, eq=False)
+    class Takes:
+        names: tuple[str, ...]
+
+        @hookimpl
+        def extract(self, record):
+            text = record.value if record.value in self.names else None
+            return None if text is None else Document(segments=(Segment(text),), source="s")
+
+    pairs = [("d/takes", Takes(names=("a",))), ("d/takes", Takes(names=("b",))), ("d/takes", Takes(names=("c",)))]
+    relay = bind(Extractors, pairs)
+    assert [relay.extract(record=Record(value=v, source="s")).text for v in "abc"] == ["a", "b", "c"]
+    with pytest.raises(BrokenComponent, match="d/takes: the same instance is given twice"):
+        bind(Extractors, [pairs[0], pairs[0]])
+
+
+class Plain:
+    """What a tool writes that embeds the core: no attrs."""
+
+    def __init__(self):
+        self.heard = []
+
+    @hookimpl
+    def note(self, text):
+        self.heard.append(text)
+
+
+class Misspelt(Plain):
+    @hookimpl
+    def step_don(self, step): ...
+
+
+class Equal(Plain):
+    def __eq__(self, other):
+        return True
+
+
+def test_ready_instances_need_not_be_attrs():
+    two = Plain(), Plain()
+    bind(Callbacks, given("callbacks", two)).note(text="hi")
+    assert [p.heard for p in two] == [["hi"], ["hi"]]
+    assert "not an attrs class" in verify("callbacks", Plain)
+
+
+@pytest.mark.parametrize(
+    ("instance", "says"),
+    [
+        (Misspelt(), "Misspelt has a hook 'step_don' that callbacks do not have; did you mean 'step_done'?"),
+        (Equal(), "Equal compares by value"),
+        (object(), "object has no hook"),
+        (Plain, "Plain is a class; give an instance of it"),
+    ],
+)
+def test_a_ready_instance_that_would_not_be_called_is_refused(instance, says):
+    with pytest.raises(BrokenComponent) as caught:
+        given("callbacks", [Plain(), instance])
+    assert str(caught.value).startswith(f"callbacks[1] as given: {says}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm_core.contracts import OPERATIONS
-from nanovllm_core.errors import RecipeError
+from nanovllm_core.errors import GenerationError, RecipeError
 from nanovllm_core.options import INTERNAL
 from nanovllm_core.recipe import AUTO, Component, Data, Generate, Recipe, Train
 from nanovllm_core.structure import describe
@@ -78,7 +80,7 @@ recipes = st.builds(
         top_k=st.none() | counts,
         top_p=st.floats(0, 1, exclude_min=True),
         seed=seeds,
-        stop=st.lists(st.text(), max_size=3).map(tuple),
+        stop=st.lists(st.text(min_size=1), max_size=3).map(tuple),
     ),
     callbacks=many,
     output_dir=st.text(),
@@ -154,6 +156,8 @@ parallel: auto
         ("data: {max_seq_length: 64, chunk_overlap: 64}", "data.chunk_overlap: got 64, below max_seq_length (64)"),
         ("data: {eval_fraction: 1}", "data.eval_fraction: got 1.0, below 1"),
         ("generate: {top_p: 0}", "generate.top_p: got 0.0, above 0 and at most 1"),
+        ('generate: {stop: [a, ""]}', "f:1:18: generate.stop: got '', an empty text"),
+        ('generate: {stop: ""}', "f:1:18: generate.stop: got '', an empty text"),
         ("generate: {prompts: [1]}", "generate.prompts[0]: got 1, expected string"),
         ("callbacks: {}", "callbacks: 'use' is missing"),
     ],
@@ -162,6 +166,33 @@ def test_refusals(text: str, said: str) -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.from_text(text, file="f")
     assert said in str(caught.value)
+
+
+NO_SAMPLING = [
+    *(("temperature", v) for v in (-1, -0.1, math.inf, math.nan, "1", True, None)),
+    *(("top_k", v) for v in (0, -1, 1.0, True, "1")),
+    *(("top_p", v) for v in (0, -0.1, 1.1, 2, math.nan, math.inf, "1", True, None)),
+    *(("max_tokens", v) for v in (0, -1, 1.0, True, "1", None)),
+    *(("seed", v) for v in (-1, 2**63, 1.0, True, "1")),
+    *(("stop", v) for v in ("", ["a", ""], [1], [None])),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), NO_SAMPLING)
+def test_what_sampling_refuses_the_recipe_refuses_before_training(name: str, value: Any) -> None:
+    from nanovllm_core.inference.sampling import SamplingParams
+
+    with pytest.raises(GenerationError, match=name):
+        SamplingParams(**{name: value})
+    with pytest.raises(RecipeError, match=f"generate.{name}"):
+        Recipe.from_data({"generate": {name: value}})
+
+
+def test_sampling_has_a_bad_value_for_each_of_its_constraints() -> None:
+    from nanovllm_core.inference.sampling import SamplingParams
+
+    names = {a.name for a in attrs.fields(SamplingParams)} & {a.name for a in attrs.fields(Generate)}
+    assert names == {name for name, _ in NO_SAMPLING}
 
 
 def test_problems_of_components_and_values_are_told_together() -> None:
@@ -227,6 +258,24 @@ def test_settings_that_cannot_be_name_themselves(setting: str, said: str) -> Non
         Recipe.from_text("output_dir: x\n", sets=[setting])
     assert str(caught.value).startswith(f"--set {setting}: ")
     assert said in str(caught.value)
+
+
+def test_everything_within_a_set_value_has_the_settings_place() -> None:
+    train, model = "train={learning_rate: 1e-4}", "model={use: preset, size: small}"
+    recipe = Recipe.from_text("train: {seed: 1, learning_rate: 3}\nmodel: {use: x, depth: 1}\n", sets=[train, model])
+    places = recipe.text.places
+    assert str(places["train", "learning_rate"]) == f"--set {train}"
+    assert str(places["model", "size"]) == f"--set {model}"
+    assert ("train", "seed") not in places
+    assert ("model", "depth") not in places
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_text("", sets=["train={sed: 1, beta1: 2}"])
+    assert [s.partition("}: ")[2] for s in str(caught.value).splitlines()] == [
+        "train: unknown key 'sed'; did you mean 'seed'? (allowed: "
+        + ", ".join(a.name for a in attrs.fields(Train))
+        + ")",
+        "train.beta1: got 2.0, below 1",
+    ]
 
 
 def test_loading(tmp_path: Path) -> None:

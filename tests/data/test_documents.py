@@ -7,11 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm_core.contracts import Source
+from nanovllm_core.contracts import Document, Record, Segment, Source
 from nanovllm_core.data.documents import Documents
 from nanovllm_core.data.sources import Sources
 from nanovllm_core.data.split import held_out, kept
-from nanovllm_core.errors import DataError
+from nanovllm_core.errors import BrokenComponent, DataError
+
+
+def document_of(record: Record) -> Document:
+    return Document(segments=(Segment(record.value),), source=record.source)
 
 
 def test_every_record_is_accounted_for(memory) -> None:
@@ -35,6 +39,58 @@ def test_progress_ends_at_the_whole(memory) -> None:
     assert told[-1] == (200, 200) == (documents.bytes, documents.bytes)
 
 
+def test_progress_says_once_that_a_walk_is_over() -> None:
+    files = [("a", 3 << 20), ("empty", 0), ("b", 1 << 20), ("c", 0), ("d", 0)]
+    found = tuple(Source(path=name, name=name, size=size) for name, size in files)
+
+    class Reader:
+        def read(self, source):
+            ends = range(0, source.size + 1, 1 << 19) if source.size else ()  # the last byte is past the end
+            return (Record(value="x", source=source.name, byte=byte) for byte in ends)
+
+    documents = Documents(Sources(path="mem", sources=found), lambda s: Reader(), document_of)
+    told: list[tuple[int, int]] = []
+    documents.count(lambda done, total: told.append((done, total)))
+    assert [done >> 20 for done, _ in told] == [1, 2, 3, 4]
+    assert told[-1] == (4 << 20, 4 << 20)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (None, "a.x: its reader's `read` gave None, not an iterator of Record"),
+        (7, "a.x: its reader's `read` gave a value of type int"),
+        ([Record(value="x", source="a.x"), "text"], r"a.x\[1\]: its reader gave a value of type str, not a Record"),
+        ([None], r"a.x\[0\]: its reader gave None"),
+    ],
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_reader_that_gives_no_records_is_named_by_its_source(given: object, says: str, exists: bool) -> None:
+    class Reader:
+        def read(self, source):
+            return given
+
+    found = Sources(path="a.x", sources=(Source(path="a.x", name="a.x", exists=exists),))
+    documents = Documents(found, lambda s: Reader(), document_of)
+    with pytest.raises(BrokenComponent, match=f"^{says}"):
+        documents.count()
+    if not exists:
+        with pytest.raises(BrokenComponent, match=f"^{says}"):
+            documents.fingerprint()
+
+
+def test_an_extractor_that_gives_no_document_is_told_what_it_gave() -> None:
+    class Reader:
+        def read(self, source):
+            return iter([Record(value="x", source="a.x", line=3)])
+
+    found = Sources(path="a.x", sources=(Source(path="a.x", name="a.x"),))
+    with pytest.raises(
+        BrokenComponent, match=r"^a.x:3: the first of data\.extractors to answer gave a value of type str"
+    ):
+        Documents(found, lambda s: Reader(), lambda record: record.value).count()
+
+
 def test_no_documents_is_an_error_that_says_what_was_found(memory) -> None:
     with pytest.raises(DataError, match=r"^mem: no documents; found: .* 2 \.bin; 1 records skipped: empty"):
         list(memory({"a": [""], "x.bin": [], "y.bin": []}))
@@ -56,8 +112,6 @@ def test_what_nobody_takes(memory) -> None:
 
 def test_fingerprint_of_what_is_no_file_comes_from_its_records() -> None:
     def of(values: list[object]) -> str:
-        from nanovllm_core.contracts import Record
-
         class Reader:
             def read(self, source):
                 return (Record(value=v, source=source.name) for v in values)

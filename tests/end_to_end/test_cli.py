@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -15,7 +16,12 @@ def nanovllm(*arguments, cwd=None):
 def test_init_run_generate(tmp_path):
     done = nanovllm("init", "demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "79 documents" in done.stdout or "documents (" in done.stdout
+    topics = import_module("pydoc_data.topics").topics
+    count, characters = len(topics), sum(map(len, topics.values()))
+    assert done.stdout == (
+        f"{count} documents ({characters:,} characters) in demo/documents, and the recipe demo/recipe.yaml\n"
+        "next: nanovllm run demo/recipe.yaml\n"
+    )
     kinds = {p.suffix for p in (tmp_path / "demo" / "documents").rglob("*") if p.is_file()}
     assert kinds == {".txt", ".json", ".jsonl"}
     short = ["train.max_steps=4", "train.eval_steps=2", "data.path=documents/notes", "generate.max_tokens=6"]
@@ -45,7 +51,8 @@ def test_init_run_generate(tmp_path):
 
 
 def test_explain_prints_every_choice(folder):
-    done = nanovllm("explain", folder / "recipe.yaml", "--set", "train.seed=9")
+    sets = ("--set", "train.seed=9", "--set", "tokenizer={use: bpe, size: 500}")
+    done = nanovllm("explain", folder / "recipe.yaml", *sets)
     assert done.returncode == 0, done.stderr
     assert "parameters, 4 layers, hidden 256" in done.stdout
     assert "kernels       torch from nanovllm" in done.stdout
@@ -53,6 +60,7 @@ def test_explain_prints_every_choice(folder):
     assert "jsonl from nanovllm" in done.stdout
     assert ": 4 files" in done.stdout  # the txt reader's
     assert "seed: 9 (--set train.seed=9)" in done.stdout
+    assert "size: 500 (--set tokenizer={use: bpe, size: 500})" in done.stdout
     assert 'size: "tiny" (' in done.stdout
     assert "recipe.yaml:3:" in done.stdout
     assert "(default)" in done.stdout

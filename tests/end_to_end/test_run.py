@@ -1,66 +1,30 @@
 """Whole runs: what they leave behind, going on after an interruption, and making way for another run."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from attrs import define, field
 
-from nanovllm_core import LLM, Machine, Recipe, Registry, SamplingParams, hookimpl, make_plan, run
+from nanovllm_core import LLM, SamplingParams, hookimpl
 from nanovllm_core.errors import DataError, OutputError, RecipeError
 
+KILLED = """
+import os, signal, sys
+from nanovllm_core import Machine, Recipe, Registry, hookimpl, make_plan, run
 
-@define(eq=False)
-class Watch:
-    """Keeps everything that a run says."""
-
-    notes: list = field(factory=list)
-    steps: dict = field(factory=dict)
-    evaluations: dict = field(factory=dict)
-    saved: list = field(factory=list)
-    answers: dict = field(factory=dict)
-    phases: set = field(factory=set)
-
+class Kill:
     @hookimpl
-    def note(self, text):
-        self.notes.append(text)
+    def step_done(self, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    @hookimpl
-    def step_done(self, step, metrics):
-        self.steps[step] = metrics
-
-    @hookimpl
-    def evaluated(self, step, metrics):
-        self.evaluations[step] = metrics
-
-    @hookimpl
-    def checkpoint_saved(self, step, path):
-        self.saved.append(step)
-
-    @hookimpl
-    def phase_progress(self, phase, done, total, unit):
-        assert 0 <= done <= total
-        self.phases.add(phase)
-
-    @hookimpl
-    def generated(self, prompt, text):
-        self.answers[prompt] = text
-
-    def said(self, part):
-        return any(part in note for note in self.notes)
-
-
-def go(folder, *sets, **kinds):
-    watch = Watch()
-    recipe = Recipe.load(folder / "recipe.yaml", sets=("callbacks=[metrics]", *sets))
-    registry = Registry.from_environment().extended(**kinds)
-    out = run(make_plan(recipe, registry, Machine()), callbacks=[watch])
-    return out, watch
+recipe = Recipe.load(sys.argv[1], sets=["output_dir=killed", "callbacks=[metrics]"])
+run(make_plan(recipe, Registry.from_environment(), Machine()), callbacks=[Kill()])
+"""
 
 
 def weights(folder):
@@ -77,8 +41,8 @@ def losses(watch):
     return [watch.steps[s]["loss"] for s in sorted(watch.steps)]
 
 
-def test_a_run_leaves_a_model_checkpoints_metrics_and_a_lock(folder):
-    out, watch = go(folder)
+def test_a_run_leaves_a_model_checkpoints_metrics_and_a_lock(go):
+    out, watch = go()
     assert sorted(watch.steps) == [1, 2, 3, 4, 5, 6]
     assert losses(watch)[-1] < losses(watch)[0]
     assert sorted(watch.evaluations) == [0, 3, 6]
@@ -105,8 +69,8 @@ def test_a_run_leaves_a_model_checkpoints_metrics_and_a_lock(folder):
     assert lock["versions"]["torch"] == torch.__version__
 
 
-def test_the_result_opens_in_transformers_with_the_same_logits_and_text(folder):
-    out, _ = go(folder)
+def test_the_result_opens_in_transformers_with_the_same_logits_and_text(go):
+    out, _ = go()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
@@ -127,26 +91,24 @@ def test_the_result_opens_in_transformers_with_the_same_logits_and_text(folder):
         torch.testing.assert_close(llm.module(ids[0], batch), model(ids).logits[0], rtol=0, atol=1e-4)
 
 
-def test_the_same_run_again_changes_nothing_and_says_so(folder):
-    out, _ = go(folder)
+def test_the_same_run_again_changes_nothing_and_says_so(go):
+    out, _ = go()
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "plan.lock.json"}
-    out, watch = go(folder)
+    out, watch = go()
     assert watch.said("this run is finished (6 steps)")
     assert watch.steps == {}
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 @pytest.mark.parametrize("kept", ["checkpoint-2", "checkpoint-4"])
-def test_resuming_is_bit_for_bit_the_unbroken_run(folder, kept):
-    out, whole = go(folder)
+def test_resuming_is_bit_for_bit_the_unbroken_run(go, kept):
+    out, whole = go()
     want = weights(out)
-    import shutil
-
     for path in out.glob("checkpoint-*"):
         if path.name > kept:
             shutil.rmtree(path)
     (out / "config.json").unlink()
-    out, rest = go(folder)
+    out, rest = go()
     assert rest.said(f"going on from {kept}")
     assert losses(rest) == losses(whole)[int(kept[-1]) :]
     assert same(weights(out), want)
@@ -154,101 +116,90 @@ def test_resuming_is_bit_for_bit_the_unbroken_run(folder, kept):
     assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(folder):
-    """SIGKILL to a real process in the middle of training."""
-    out, _ = go(folder)
+def test_a_killed_run_goes_on_to_the_same_weights(go, folder):
+    """SIGKILL to a real process after its third step, one after the checkpoint."""
+    out, whole = go()
     want = weights(out)
-    command = [
-        sys.executable,
-        "-m",
-        "nanovllm_core.cli",
-        "run",
-        str(folder / "recipe.yaml"),
-        "--set",
-        "output_dir=killed",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while not (folder / "killed" / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    out, watch = go(folder, "output_dir=killed")
-    assert watch.said("going on from checkpoint-") or watch.said("this run is finished")
+    done = subprocess.run([sys.executable, "-c", KILLED, folder / "recipe.yaml"], timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    assert [p.name for p in (folder / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
+    out, watch = go("output_dir=killed")
+    assert watch.said("going on from checkpoint-2")
+    assert losses(watch) == losses(whole)[2:]
     assert same(weights(out), want)
 
 
-def test_more_epochs_go_on_and_the_schedule_is_laid_out_anew(folder):
-    go(folder)
-    _, watch = go(folder, "train.max_steps=9")
+def test_more_epochs_go_on_and_the_schedule_is_laid_out_anew(go):
+    go()
+    _, watch = go("train.max_steps=9")
     assert watch.said("going on from checkpoint-6")
     assert watch.said("laid out anew over 9 steps (it was 6)")
     assert sorted(watch.steps) == [7, 8, 9]
 
 
-def test_another_run_moves_the_old_contents_aside(folder):
-    out, _ = go(folder)
+def test_another_run_moves_the_old_contents_aside(go, folder):
+    out, _ = go()
     old = weights(out)
-    out, watch = go(folder, "train.seed=7")
+    out, watch = go("train.seed=7")
     assert watch.said("previous/1")
     assert same(weights(out / "previous" / "1"), old)
     assert not same(weights(out), old)
     (folder / "docs" / "one.json").write_text('{"text": "changed"}')
-    go(folder, "train.seed=7")
+    go("train.seed=7")
     assert (out / "previous" / "2" / "plan.lock.json").exists()
 
 
-def test_logging_and_saving_are_not_part_of_the_identity(folder):
-    go(folder)
-    _, watch = go(folder, "train.logging_steps=3", "train.save_steps=5", "generate.max_tokens=3")
+def test_logging_and_saving_are_not_part_of_the_identity(go):
+    go()
+    _, watch = go("train.logging_steps=3", "train.save_steps=5", "generate.max_tokens=3")
     assert watch.said("this run is finished")
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_the_reason(folder):
-    out, whole = go(folder)
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason(go):
+    out, whole = go()
     (out / "config.json").unlink()
     content = bytearray((out / "checkpoint-6" / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (out / "checkpoint-6" / "model.safetensors").write_bytes(content)
-    _, watch = go(folder)
+    _, watch = go()
     assert watch.said("checkpoint-6 is damaged (model.safetensors has changed since it was written)")
     assert watch.said("going on from checkpoint-4")
     assert losses(watch) == losses(whole)[4:]
 
 
-def test_accumulation_does_not_change_the_loss(folder):
-    _, a = go(folder, "output_dir=a")
-    _, b = go(folder, "output_dir=b", "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=1")
-    _, c = go(folder, "output_dir=c", "train.per_device_train_batch_size=1", "train.global_batch_size=4")
+def test_accumulation_does_not_change_the_loss(go):
+    _, a = go("output_dir=a")
+    _, b = go("output_dir=b", "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=1")
+    _, c = go("output_dir=c", "train.per_device_train_batch_size=1", "train.global_batch_size=4")
     assert losses(b) == pytest.approx(losses(a), rel=1e-5)
     assert losses(c) == pytest.approx(losses(a), rel=1e-5)
 
 
-def test_bf16_compute_learns_too(folder):
-    _, watch = go(folder, "train.mixed_precision=bf16")
+def test_bf16_compute_learns_too(go):
+    _, watch = go("train.mixed_precision=bf16")
     assert losses(watch)[-1] < losses(watch)[0]
 
 
-def test_concatenated_documents(folder):
-    _, watch = go(folder, "data.concatenate_documents=true")
+def test_concatenated_documents(go):
+    _, watch = go("data.concatenate_documents=true")
     assert losses(watch)[-1] < losses(watch)[0]
 
 
-def test_a_single_document_turns_evaluation_off_and_says_so(folder):
-    _, watch = go(folder, "data.path=docs/one.json")
+def test_a_single_document_turns_evaluation_off_and_says_so(go):
+    _, watch = go("data.path=docs/one.json")
     assert watch.said("evaluation is off: a single document is not split")
     assert watch.evaluations == {}
 
 
-def test_fine_tuning_our_own_model_goes_on_where_it_was(folder):
-    _, first = go(folder)
+def test_fine_tuning_our_own_model_goes_on_where_it_was(go):
+    _, first = go()
     tuned = ("model={use: pretrained, path: out}", "tokenizer=auto", "output_dir=tuned", "data.eval_fraction=0.2")
-    out2, second = go(folder, *tuned)
+    out2, second = go(*tuned)
     assert second.evaluations[0]["eval_loss"] == pytest.approx(first.evaluations[6]["eval_loss"], rel=1e-4)
     assert json.loads((out2 / "config.json").read_text())["vocab_size"] == 400
 
 
-def test_a_reader_and_a_callback_from_memory(folder):
+def test_a_reader_and_a_callback_from_memory(go):
     from attrs import frozen
 
     from nanovllm_core.contracts import Accept, Record, Refuse
@@ -267,30 +218,30 @@ def test_a_reader_and_a_callback_from_memory(folder):
                 [Record(value=f"document {i} of the river and the mill", source="memory", index=i) for i in range(30)]
             )
 
-    out, watch = go(folder, "data.path='memory:'", "data.readers=memory", readers={"memory": Memory})
+    out, watch = go("data.path='memory:'", "data.readers=memory", readers={"memory": Memory})
     assert watch.said("30 documents")
     assert (out / "model.safetensors").exists()
 
 
-def test_two_runs_do_not_write_into_one_folder(folder):
+def test_two_runs_do_not_write_into_one_folder(go, folder):
     from nanovllm_core.output import claimed
 
     with claimed(folder / "out"), pytest.raises(OutputError, match="another run is writing there"):
-        go(folder)
-    go(folder)
+        go()
+    go()
 
 
-def test_what_cannot_be_run_is_said(folder):
+def test_what_cannot_be_run_is_said(go, folder):
     with pytest.raises(RecipeError, match=r"data\.path is missing"):
-        go(folder, "data.path=null")
+        go("data.path=null")
     with pytest.raises(DataError, match="neither a file nor a folder"):
-        go(folder, "data.path=nowhere")
+        go("data.path=nowhere")
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.doc").write_text("precious")
     with pytest.raises(OutputError, match=r"thesis\.doc .* name another folder"):
-        go(folder, "output_dir=mine")
+        go("output_dir=mine")
     with pytest.raises(RecipeError, match="at most 4096"):
-        go(folder, "data.max_seq_length=5000")
+        go("data.max_seq_length=5000")
     (folder / "docs" / "bad.jsonl").write_text('{"text": "fine"}\n{"text": }\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:2:"):
-        go(folder)
+        go()

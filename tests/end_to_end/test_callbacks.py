@@ -1,0 +1,52 @@
+"""Callbacks in whole runs: the bundled ones, and those that a tool hands over."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from nanovllm_core import hookimpl
+from nanovllm_core.errors import BrokenComponent
+
+
+def back_to(out, kept):
+    """The folder as a kill after this checkpoint leaves it."""
+    for path in out.glob("checkpoint-*"):
+        if path.name > kept:
+            shutil.rmtree(path)
+    (out / "config.json").unlink()
+
+
+def test_a_component_named_twice_works_twice(go):
+    """Each with its own options."""
+    extractors = "data.extractors=[fields, {use: fields, fields: [words]}]"
+    out, _ = go("callbacks=[metrics, {use: metrics, file: other.jsonl}]", extractors)
+    assert (out / "other.jsonl").read_text() == (out / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in (out / "other.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_callback_with_a_misspelt_hook_is_refused_before_anything_is_written(go, folder):
+    class Watcher:
+        @hookimpl
+        def step_don(self, step, metrics): ...
+
+    with pytest.raises(BrokenComponent, match=r"callbacks\[1\] as given: Watcher .*did you mean 'step_done'"):
+        go(callbacks=[Watcher()])
+    assert not (folder / "out").exists()
+
+
+def test_lines_of_metrics_that_cannot_be_read_do_not_stop_a_resume(go, folder):
+    out, _ = go()
+    back_to(out, "checkpoint-4")
+    path = out / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    broken = [b"\n", b'{"step": 2, "lo\n', b"\xff\x00\n", b"[]\n", b"3\n", b"{}\n", b'{"step": null}\n']
+    path.write_bytes(b"".join([*lines[:2], *broken, *lines[2:], b'{"step": 3, "cut']))
+    os.link(path, folder / "old.jsonl")
+    before = path.read_bytes()
+    go()
+    now = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert now == [json.loads(line)["step"] for line in lines]
+    assert (folder / "old.jsonl").read_bytes() == before  # replaced, not written over: a kill on the way loses nothing
