@@ -85,16 +85,22 @@ def test_plugins(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["run", "nothere.yaml"], "nothere.yaml"),
+        (["run", "nothere.yaml"], "nothere.yaml: no such file"),
         (["run", "recipe.yaml", "--set", "train.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["run", "recipe.yaml", "--set", "model.use=prset"], "did you mean 'preset'"),
-        (["run", "recipe.yaml", "--set", "model.size=huge"], "size"),
+        (
+            ["run", "recipe.yaml", "--set", "model.size=huge"],
+            "--set model.size=huge: model.size: 'size' must be in ('tiny',",
+        ),
         (["run", "recipe.yaml", "--set", "model.sise=tiny"], "did you mean 'size'"),
-        (["run", "recipe.yaml", "--without", "kernels:torch"], "kernels.embedding"),
-        (["run", "recipe.yaml", "--set", "tokenizer={use: hf, path: ./nowhere}"], "nowhere"),
-        (["generate", "docs", "--prompt", "x"], "config.json"),
-        (["generate", "nowhere/at/all", "--prompt", "x"], "no such folder"),
-        (["explain", "docs"], "docs"),
+        (
+            ["run", "recipe.yaml", "--without", "kernels:torch"],
+            "kernels.embedding: no component accepts: (none is installed)",
+        ),
+        (["run", "recipe.yaml", "--set", "tokenizer={use: hf, path: ./nowhere}"], "./nowhere: no such folder"),
+        (["generate", "docs", "--prompt", "x"], "docs: no config.json"),
+        (["generate", "nowhere/at/all", "--prompt", "x"], "nowhere/at/all: no such folder"),
+        (["explain", "docs"], "docs: is a folder; name the recipe file in it"),
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(folder, arguments, says):
