@@ -73,7 +73,7 @@ class _Pick:
 
     def __init__(self, readers: Sequence[Candidate]) -> None:
         self.readers, self.taken, self.assignment = readers, Counter[str](), hashlib.sha256()
-        self._relays = {id(c.component): _bound(Readers, c.component) for c in readers if not c.unusable}
+        self._relays = {id(c.component): _bound(Readers, c.component) for c in usable("data.readers", readers)}
 
     def __call__(self, source: Source) -> Readers | None:
         """The reader for a source; None when every one refuses. Raises AmbiguousComponent when two tie."""

@@ -77,3 +77,8 @@ def test_the_models_own_tokenizer_with_options(plan: Any) -> None:
 def test_callbacks_are_not_chosen(plan: Any) -> None:
     with pytest.raises(UnknownComponent, match=r"callbacks\[1\]: `auto` chooses nothing here; .*metrics, progress"):
         plan(callbacks=["metrics", "auto"])
+
+
+def test_options_that_no_reader_takes_are_told_of_each(plan: Any) -> None:
+    with pytest.raises(RefusedError, match=r"data\.readers: no component can be used:(?s:.*)jsonl: .*'typo'"):
+        plan(data={"readers": {"use": "auto", "typo": 1}})
