@@ -86,6 +86,9 @@ def test_plugins(tmp_path):
         (["run", "recipe.yaml", "--set", "tokenizer={use: hf, path: ./nowhere}"], "nowhere"),
         (["generate", "docs", "--prompt", "x"], "config.json"),
         (["generate", "nowhere/at/all", "--prompt", "x"], "no such folder"),
+        (["generate", "docs", "--prompt", "x", "--model", "pretraind"], "did you mean 'pretrained'"),
+        (["generate", "docs", "--prompt", "x", "--model", "{use: preset, size: tiny}"], "unknown key 'path'"),
+        (["generate", "docs", "--prompt", "x", "--model", "{"], "--model:1:"),
         (["explain", "docs"], "docs"),
     ],
 )
