@@ -87,6 +87,34 @@ def test_broken_bytes(raw: bytes, stops: list[str]) -> None:
     assert one_by_one(Bytes(), list(raw), stops) == by_definition(Bytes(), list(raw), stops)
 
 
+class Pieces:
+    """Tokens of several bytes, or of none; the longest list that it was asked to decode."""
+
+    TOKENS = (b"\x82\xac\xe2", b"\x80", b"\xff", b"\xe2", b"ab", b"", b" ", b"\xf0\x9f", b"\x98\x80")
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def decode(self, ids: list[int]) -> str:
+        self.most = max(self.most, len(ids))
+        return b"".join(self.TOKENS[i] for i in ids).decode("utf-8", "replace")
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.sampled_from([1, 1, 2, 45])), max_size=8), stop_texts)
+@settings(max_examples=500, deadline=None)
+def test_bytes_that_never_complete_a_character(runs: list[tuple[int, int]], stops: list[str]) -> None:
+    ids = [i for i, times in runs for _ in range(times)]
+    assert one_by_one(Pieces(), ids, stops) == by_definition(Pieces(), ids, stops)
+
+
+@pytest.mark.parametrize("token", range(len(Pieces.TOKENS)))
+@pytest.mark.parametrize("first", [[], [4]], ids=["at once", "after text"])
+def test_the_window_is_bounded(token: int, first: list[int]) -> None:
+    tokenizer = Pieces()
+    assert one_by_one(tokenizer, [*first, *[token] * 300], ["never"]) is None
+    assert tokenizer.most < 40
+
+
 @given(st.lists(st.integers(0, 4), max_size=12), st.lists(st.text("ab ", min_size=1, max_size=4), max_size=2))
 @settings(max_examples=500)
 def test_a_decoder_that_looks_at_what_precedes(ids: list[int], stops: list[str]) -> None:
