@@ -84,6 +84,8 @@ def test_plugins(tmp_path):
         (["run", "recipe.yaml", "--set", "model.sise=tiny"], "did you mean 'size'"),
         (["run", "recipe.yaml", "--without", "kernels:torch"], "kernels.embedding"),
         (["run", "recipe.yaml", "--set", "tokenizer={use: hf, path: ./nowhere}"], "nowhere"),
+        (["init", "docs/one.json/demo"], "docs/one.json/demo: cannot be written (Not a directory)"),
+        (["init", "docs/" + "x" * 300], "cannot be written (File name too long)"),
         (["generate", "docs", "--prompt", "x"], "config.json"),
         (["generate", "nowhere/at/all", "--prompt", "x"], "no such folder"),
         (["generate", "docs", "--prompt", "x", "--model", "pretraind"], "did you mean 'pretrained'"),
