@@ -120,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", action="append", default=[], help="end before this text; may be given several times"
     )
+    generate.add_argument(
+        "--model", default="auto", help="who opens the folder, as in a recipe: NAME or {use: NAME, ...} (default: auto)"
+    )
     generate.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
     generate.add_argument(
         "--json", action="store_true", help="one object a line: prompt, text, token_ids, finish_reason"
@@ -200,13 +203,13 @@ def _plugins(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from nanovllm_core.inference.sampling import SamplingParams
     from nanovllm_core.llm import LLM
+    from nanovllm_core.yamltext import parse
 
     params = SamplingParams(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed, stop=args.stop
     )  # fmt: skip
-    for prompt, output in zip(
-        args.prompt, LLM(args.folder, dtype=args.dtype).generate(args.prompt, params), strict=True
-    ):
+    llm = LLM(args.folder, model=parse(args.model, "--model").data, dtype=args.dtype)
+    for prompt, output in zip(args.prompt, llm.generate(args.prompt, params), strict=True):
         print(json.dumps({"prompt": prompt, **output}) if args.json else f"{prompt}{output['text']}\n")
     return 0
 

@@ -62,9 +62,19 @@ FORMATS = ("txt", "txt", "txt", "array", "single", "text", "content", "pair")  #
 
 
 def init(folder: Path) -> tuple[Path, int, int]:
-    """Write documents and recipe into a new or empty folder: the recipe's path, documents, characters."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder}: exists and is not an empty folder; name a new one")
+    """Write documents and recipe into a new or empty folder: the recipe's path, documents, characters.
+
+    Raises OutputError when the folder is not empty or cannot be written.
+    """
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError(f"{folder}: exists and is not an empty folder; name a new one")
+        return _fill(folder)
+    except OSError as e:
+        raise OutputError(f"{folder}: cannot be written ({e.strerror or e}); name a folder where you may write") from e
+
+
+def _fill(folder: Path) -> tuple[Path, int, int]:
     topics = sorted(_sections().items())
     documents = folder / "documents"
     written: dict[str, list[dict[str, str]]] = {"array": [], "text": [], "content": [], "pair": []}

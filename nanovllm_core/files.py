@@ -18,10 +18,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that replaces it at the end; an exception leaves `folder` as it was.
 
     Every file is synced before the manifest (size and sha256 of each) is written, the manifest before the rename, the
-    parent after it: whatever is found under the final name is complete.
+    parent after it: whatever is found under the final name is complete. No system swaps two folders at once, so a
+    process killed while it replaces one can leave nothing under the name: `recover` brings the old one back.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    recover(folder)
+    old, partial = _aside(folder)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -35,16 +36,27 @@ def written_whole(folder: Path) -> Iterator[Path]:
             sync(inner)
         sync(partial)
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
-            os.replace(partial, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(partial, folder)
+        os.replace(partial, folder)
         sync(folder.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Clear what a killed `written_whole` left beside `folder`; if it was killed between taking the old folder away and
+    putting the new one there, the old one comes back. Call it only where nobody else writes `folder`."""
+    old, partial = _aside(folder)
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+        sync(folder.parent)
+    for left in (old, partial):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _aside(folder: Path) -> tuple[Path, Path]:
+    """Where the folder that is replaced waits, and where the new one is written."""
+    return folder.with_name(f".{folder.name}.old"), folder.with_name(f".{folder.name}.partial")
 
 
 def damage(folder: Path) -> str | None:

@@ -6,6 +6,7 @@ Only what a model folder needs is fetched; code and pickled weights never are.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nanovllm_core.files import digest
 CONFIG_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHT_FILES = ("*.safetensors",)
 TOKENIZER_FILES = ("*token*.json", "generation_config.json", "vocab.*", "merges.txt", "*.jinja", "*.model")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def resolve(name: str, *, weights: bool = True) -> Path:
@@ -38,7 +40,7 @@ def resolve(name: str, *, weights: bool = True) -> Path:
     patterns = [*CONFIG_FILES, *(WEIGHT_FILES if weights else ())]
     try:
         cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        if _whole(cached, weights):
+        if not _lacking(cached, weights):
             return cached
     except LocalEntryNotFoundError:
         pass
@@ -52,10 +54,10 @@ def resolve(name: str, *, weights: bool = True) -> Path:
             f"{name}: not a folder here, not in the Hugging Face cache, and the hub did not give it ({reason}). "
             f"Fetch it on a connected machine with `hf download {name}`, or name a folder that holds the model"
         ) from e
-    if not _whole(fetched, weights):
+    if lacking := _lacking(fetched, weights):
         raise ModelError(
-            f"{name}: {fetched} holds no {'safetensors weights' if weights else 'model or tokenizer'}; fetch it whole on a "
-            f"connected machine with `hf download {name}`, or name another model"
+            f"{name}: {fetched} holds no {lacking}; fetch it whole on a connected machine with `hf download {name}`, "
+            "or name another model"
         )
     return fetched
 
@@ -76,7 +78,17 @@ def fingerprint(name: str, *, weights: bool, progress: Callable[[int, int], None
     return whole.hexdigest()
 
 
-def _whole(folder: Path, weights: bool) -> bool:
-    """Whether a cached folder holds what is wanted: an interrupted download, or one of other files, does not."""
-    found = any((folder / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
-    return found and (not weights or any(folder.glob("*.safetensors")))
+def _lacking(folder: Path, weights: bool) -> str:
+    """What a cached folder does not hold of what is wanted, as after an interrupted download; empty when it is whole."""
+    if not any((folder / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+        return "model or tokenizer"
+    if not weights or (folder / SINGLE).is_file():
+        return ""
+    if not (folder / INDEX).is_file():
+        return "safetensors weights"
+    try:
+        named = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+        absent = [name for name in named if not (folder / name).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"readable {INDEX}"
+    return f"{absent[0]} ({len(absent)} of the {len(named)} files that {INDEX} names are missing)" if absent else ""

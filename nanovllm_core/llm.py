@@ -1,8 +1,8 @@
-"""`LLM(path).generate(prompts, SamplingParams(...))`: text from any model folder of a supported family."""
+"""`LLM(path).generate(prompts, SamplingParams(...))`: text from any folder that an installed model component opens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any
 
@@ -23,18 +23,21 @@ class LLM:
     """A model ready to generate.
 
     path: a folder (our output or any Hugging Face one of a supported family) or a hub name
+    model: the component that opens it, as in a recipe: a name, or a mapping with `use` and its options, to which the path
+        is added; "auto" offers the folder to every installed model that has a `path` option
     dtype: "auto" (bfloat16 on GPU, float32 on CPU), "float32" or "bfloat16"
     kernels: as in a recipe: a component's name for all operations, or a mapping operation -> component
     max_model_len: longest prompt plus answer in tokens; None: what the model was made for
     batch_size: prompts generated together
 
-    Raises ModelError when the folder cannot be used.
+    Raises RefusedError or ModelError when the folder cannot be used.
     """
 
     def __init__(
         self,
         path: str | PathLike[str],
         *,
+        model: Any = "auto",
         dtype: str = "auto",
         kernels: Any = "auto",
         max_model_len: int | None = None,
@@ -46,7 +49,7 @@ class LLM:
             raise GenerationError(f"LLM: dtype: got {dtype!r}, allowed: {', '.join(PRECISION)}")
         recipe = Recipe.from_data(
             {
-                "model": {"use": "pretrained", "path": fspath(path)},
+                "model": {**(model if isinstance(model, Mapping) else {"use": model}), "path": fspath(path)},
                 "kernels": kernels,
                 "train": {"mixed_precision": PRECISION[dtype]},
             }

@@ -19,6 +19,7 @@ class Candidate:
     entry: Entry
     component: Any = None
     unusable: str = ""
+    misfit: bool = False  # unusable because the options given are not its own
     at: tuple[str | int, ...] = ()  # where the recipe names it
 
 
@@ -61,8 +62,8 @@ def usable(slot: str, candidates: Sequence[Candidate]) -> list[Candidate]:
 def choose(slot: str, candidates: Sequence[Candidate], probe: Callable[[Any], object], by: str) -> Choice:
     """The accepting candidate of highest priority.
 
-    Raises RefusedError when none accepts (a named component that refuses is an error, never a fallback) and
-    AmbiguousComponent when two tie.
+    Raises RefusedError when none accepts (a named component that refuses is an error, never a fallback; where the
+    options fit just one candidate, its reason stands alone) and AmbiguousComponent when two tie.
     """
     accepted: list[tuple[Accept, Candidate]] = []
     refused: list[tuple[str, str]] = []
@@ -73,8 +74,9 @@ def choose(slot: str, candidates: Sequence[Candidate], probe: Callable[[Any], ob
         else:
             refused.append((c.entry.name, verdict.why))
     if not accepted:
-        if len(refused) == 1:
-            raise RefusedError(f"{slot}: {refused[0][0]} refuses: {refused[0][1]}")
+        meant = [told for c, told in zip(candidates, refused, strict=True) if not c.misfit] or refused
+        if len(meant) == 1:
+            raise RefusedError(f"{slot}: {meant[0][0]} refuses: {meant[0][1]}")
         reasons = "".join(f"\n  {name}: {why}" for name, why in refused) or " (none is installed)"
         raise RefusedError(f"{slot}: no component accepts:{reasons}")
     accepted.sort(key=lambda pair: -pair[0].priority)

@@ -197,7 +197,8 @@ def plan_model(
             f"{recipe.text.place(())}: model is missing: e.g. `model: {{use: preset, size: tiny}}` for a new model, or "
             "`model: {use: pretrained, path: FOLDER_OR_HUB_NAME}` to fine-tune one"
         )
-    model = choose("model", [slots.named("models", recipe.model)], lambda m: _bound(Models, m).probe(), "recipe")
+    candidates, by = slots.candidates("models", [recipe.model])
+    model = choose("model", candidates, lambda m: _bound(Models, m).probe(), by)
     models = _bound(Models, model.component)
     wanted, by = recipe.tokenizer, "recipe"
     if wanted is None or wanted.use == AUTO.use:  # the model's own; options of `auto` go over its options

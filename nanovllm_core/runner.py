@@ -11,7 +11,7 @@ from nanovllm_core.contracts import Parallelized
 from nanovllm_core.corpus import Corpus, batches, phase, prepare
 from nanovllm_core.errors import CheckpointError, RefusedError
 from nanovllm_core.hookspecs import Callbacks
-from nanovllm_core.inference.generate import generate
+from nanovllm_core.inference.generate import answerable, generate
 from nanovllm_core.inference.sampling import SamplingParams
 from nanovllm_core.lock import identity, lock_of, sequences_per_step
 from nanovllm_core.output import TOKENS, claimed, finished, mark_finished, settle, write_lock
@@ -64,6 +64,14 @@ class _Job:
         self.plan, self.corpus, self.identity, self.events = plan, corpus, identity, events
         self.folder = plan.output_dir
         self.config = models_of(plan.model).config(shape=plan.model.shape)
+        g = plan.recipe.generate
+        params = SamplingParams(
+            temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, max_tokens=g.max_tokens, stop=g.stop, seed=g.seed
+        )
+        self.params = [params] * len(g.prompts)
+        answerable(
+            g.prompts, self.params, corpus.tokenizer, plan.model.shape.max_positions
+        )  # or say so before training
 
     def run(self, found: tuple[Path, checkpoint.State] | None) -> None:
         state = found[1] if found else None
@@ -155,19 +163,15 @@ class _Job:
         self.events.checkpoint_saved(step=trainer.step, path=path)
 
     def generate(self, model: Parallelized) -> None:
-        g = self.plan.recipe.generate
-        params = SamplingParams(
-            temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, max_tokens=g.max_tokens, stop=g.stop, seed=g.seed
-        )
-        shape = self.plan.model.shape
+        prompts, shape = self.plan.recipe.generate.prompts, self.plan.model.shape
         outputs = generate(
             model.module,
             self.corpus.tokenizer,
-            list(g.prompts),
-            [params] * len(g.prompts),
+            prompts,
+            self.params,
             shape=shape,
             device=self.plan.machine.device,
             max_len=shape.max_positions,
         )
-        for prompt, output in zip(g.prompts, outputs, strict=True):
+        for prompt, output in zip(prompts, outputs, strict=True):
             self.events.generated(prompt=prompt, text=output["text"])

@@ -48,7 +48,7 @@ class Slots:
         try:
             return Candidate(entry=entry, component=self._make(entry, auto), at=auto.at)
         except (BrokenComponent, OptionError) as e:
-            return Candidate(entry=entry, unusable=str(e))
+            return Candidate(entry=entry, unusable=str(e), misfit=isinstance(e, OptionError))
 
     def _make(self, entry: Entry, wanted: Component) -> Any:
         loaded = self.registry.load(entry)

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm_core.errors import ModelError, listed, nearest
+from nanovllm_core.hub import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 CONFIG_BYTES, INDEX_BYTES = 4 << 20, 64 << 20  # far above any real one
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors -> torch

@@ -80,10 +80,7 @@ def generate(
         raise GenerationError(
             f"generate: got {len(prompts)} prompts, {len(params)} parameters, batch size {batch_size}"
         )
-    answers = [
-        _answer(i, ids, p, tokenizer, max_len)
-        for i, (ids, p) in enumerate(zip(_encoded(prompts, tokenizer), params, strict=True))
-    ]
+    answers = answerable(prompts, params, tokenizer, max_len)
     training = bool(getattr(module, "training", False))
     module.train(False)
     try:
@@ -93,6 +90,16 @@ def generate(
     finally:
         module.train(training)
     return [answer.output(tokenizer) for answer in answers]
+
+
+def answerable(
+    prompts: Sequence[Prompt], params: Sequence[SamplingParams], tokenizer: Tokenizer, max_len: int
+) -> list[Answer]:
+    """Each prompt encoded and found usable. Raises GenerationError as `generate` does."""
+    return [
+        _answer(i, ids, p, tokenizer, max_len)
+        for i, (ids, p) in enumerate(zip(_encoded(prompts, tokenizer), params, strict=True))
+    ]
 
 
 def _encoded(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> Iterator[list[int]]:

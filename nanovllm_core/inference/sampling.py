@@ -127,10 +127,19 @@ def _from_likeliest(probs_BV: Tensor, u_B1: Tensor, params: Sequence[SamplingPar
     k_B1 = torch.tensor([[min(p.top_k or vocabulary, vocabulary)] for p in params], device=probs_BV.device)
     p_B1 = torch.tensor([[p.top_p] for p in params], dtype=torch.float64, device=probs_BV.device)
     probs_BW, index_BW = probs_BV.topk(min(CANDIDATES, vocabulary))
+    tokens_B = _from_sorted(probs_BW, index_BW, k_B1, p_B1, u_B1, vocabulary)
     enough_B1 = (k_B1 <= probs_BW.shape[-1]) | (probs_BW.double().sum(dim=-1, keepdim=True) >= p_B1)
-    if not bool(enough_B1.all()):
-        probs_BW, index_BW = probs_BV.sort(dim=-1, descending=True, stable=True)
-    ranks_W = torch.arange(probs_BW.shape[-1], device=probs_BV.device)
+    short_R = (~enough_B1[:, 0]).nonzero()[:, 0]
+    if len(short_R):
+        probs_RV, index_RV = probs_BV[short_R].sort(dim=-1, descending=True, stable=True)
+        tokens_B[short_R] = _from_sorted(probs_RV, index_RV, k_B1[short_R], p_B1[short_R], u_B1[short_R], vocabulary)
+    return tokens_B
+
+
+def _from_sorted(
+    probs_BW: Tensor, index_BW: Tensor, k_B1: Tensor, p_B1: Tensor, u_B1: Tensor, vocabulary: int
+) -> Tensor:
+    ranks_W = torch.arange(probs_BW.shape[-1], device=probs_BW.device)
     kept_BW = torch.where(ranks_W < k_B1, probs_BW.double(), 0.0)
     total_B1 = torch.where(k_B1 < vocabulary, kept_BW.sum(dim=-1, keepdim=True), 1.0)
     before_BW = (kept_BW.cumsum(dim=-1) - kept_BW) / total_B1  # of the likelier tokens; 0 for the first, always kept

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanovllm_core.errors import CheckpointError
-from nanovllm_core.files import damage, written_whole
+from nanovllm_core.files import damage, recover, written_whole
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 FORMAT = 1
@@ -84,7 +84,13 @@ def set_random_state(text: str) -> None:
 
 
 def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, State] | None:
-    """The newest sound checkpoint under `root`; `tell` hears why newer ones were passed over."""
+    """The newest sound checkpoint under `root`; `tell` hears why newer ones were passed over.
+
+    First puts in order what a process killed while saving left there, so `root` must be this process's to write.
+    """
+    for left in list(root.glob(".checkpoint-*")):
+        if FOLDER.fullmatch(name := Path(left.name[1:]).stem):
+            recover(root / name)
     found = [(int(m.group(1)), p) for p in root.glob("checkpoint-*") if (m := FOLDER.fullmatch(p.name)) and p.is_dir()]
     for _, folder in sorted(found, reverse=True):
         if reason := damage(folder):

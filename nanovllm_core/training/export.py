@@ -17,16 +17,20 @@ from nanovllm_core.files import sync
 
 
 def write_config(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, dtype: str) -> None:
-    """`config.json`, `generation_config.json` and the tokenizer's files."""
-    begin = tokenizer.prefix_ids[0] if tokenizer.prefix_ids else None
-    config = {**config, "dtype": dtype}
-    for key, value in (("bos_token_id", begin), ("eos_token_id", tokenizer.end_id)):
-        if config.get(key) is None and value is not None:
-            config[key] = value
+    """`config.json`, `generation_config.json` and the tokenizer's files.
+
+    Ids of begin and end are the tokenizer's: those in `config` may belong to the base model's, which numbers otherwise.
+    Every id that ends an answer stands in `generation_config.json`, where transformers and vLLM look for them.
+    """
+    begin = tokenizer.prefix_ids[0] if tokenizer.prefix_ids else None  # null: some families have an id by default
+    config = {**config, "dtype": dtype, "bos_token_id": begin, "eos_token_id": tokenizer.end_id}
+    pad = config.get("pad_token_id")
+    if pad is not None and pad not in range(tokenizer.vocab_size):
+        del config["pad_token_id"]
     stops = list(tokenizer.stop_ids)
     generation = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
-    if config.get("bos_token_id") is not None:
-        generation["bos_token_id"] = config["bos_token_id"]
+    if begin is not None:
+        generation["bos_token_id"] = begin
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     tokenizer.save(folder)

@@ -1,5 +1,6 @@
 """Names of models: folders, the Hugging Face cache, and what is said when a name is neither."""
 
+import json
 import os
 import subprocess
 import sys
@@ -55,6 +56,34 @@ def test_a_name_that_is_nowhere_says_how_to_get_it(cache):
 
 def test_a_cached_model_without_weights_is_not_taken_for_whole(cache):
     assert "holds no safetensors weights" in resolved(cache, NAME).stderr
+
+
+def test_a_sharded_model_is_whole_when_every_file_of_its_index_is_there(cache):
+    repo = cache / "models--some-team--small-model"
+    snapshot, blobs = repo / "snapshots" / REVISION, repo / "blobs"
+    blobs.mkdir()
+    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = {"weight_map": {f"tensor_{shard}": shard for shard in shards}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    for number, shard in enumerate(shards):  # a finished download is a blob, and a link to it
+        lacking = f"holds no {shard} ({3 - number} of the 3 files that model.safetensors.index.json names are missing)"
+        assert lacking in resolved(cache, NAME).stderr
+        (blobs / f"{number}.incomplete").write_bytes(b"half")
+        (blobs / f"{number}").write_bytes(b"")
+        (snapshot / shard).symlink_to(blobs / f"{number}")
+    assert resolved(cache, NAME).stdout.strip() == str(snapshot)
+    (blobs / "1").unlink()
+    assert f"holds no {shards[1]} (1 of" in resolved(cache, NAME).stderr
+    assert resolved(cache, NAME, weights=False).stdout.strip() == str(snapshot)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": 1}}'])
+def test_weights_without_a_readable_index_are_not_whole(cache, index):
+    snapshot = cache / "models--some-team--small-model" / "snapshots" / REVISION
+    (snapshot / "model-00001-of-00002.safetensors").write_bytes(b"")
+    assert "holds no safetensors weights" in resolved(cache, NAME).stderr
+    (snapshot / "model.safetensors.index.json").write_text(index)
+    assert "holds no readable model.safetensors.index.json" in resolved(cache, NAME).stderr
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c"])

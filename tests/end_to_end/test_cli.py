@@ -101,6 +101,11 @@ def test_plugins(tmp_path):
         (["generate", "docs", "--prompt", "x"], "docs: no config.json"),
         (["generate", "nowhere/at/all", "--prompt", "x"], "nowhere/at/all: no such folder"),
         (["explain", "docs"], "docs: is a folder; name the recipe file in it"),
+        (["init", "docs/one.json/demo"], "docs/one.json/demo: cannot be written (Not a directory)"),
+        (["init", "docs/" + "x" * 300], "cannot be written (File name too long)"),
+        (["generate", "docs", "--prompt", "x", "--model", "pretraind"], "did you mean 'pretrained'"),
+        (["generate", "docs", "--prompt", "x", "--model", "{use: preset, size: tiny}"], "unknown key 'path'"),
+        (["generate", "docs", "--prompt", "x", "--model", "{"], "--model:1:"),
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(folder, arguments, says):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanovllm_core import LLM, SamplingParams, hookimpl
-from nanovllm_core.errors import DataError, OutputError, RecipeError
+from nanovllm_core.errors import DataError, GenerationError, OutputError, RecipeError
 
 KILLED = """
 import os, signal, sys
@@ -242,6 +242,9 @@ def test_what_cannot_be_run_is_said(go, folder):
         go("output_dir=mine")
     with pytest.raises(RecipeError, match="at most 4096"):
         go("data.max_seq_length=5000")
+    with pytest.raises(GenerationError, match="too many: prompt and answer share 4096 positions"):
+        go("output_dir=long", f"generate.prompts={'the river ' * 4096}")
+    assert not list((folder / "long").glob("checkpoint-*"))
     (folder / "docs" / "bad.jsonl").write_text('{"text": "fine"}\n{"text": }\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:2:"):
         go()

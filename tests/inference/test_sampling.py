@@ -111,6 +111,20 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         assert [sample(logits[row : row + 1], [p], [alone])[0] for _ in range(20)] == [step[row] for step in batched]
 
 
+def test_only_rows_that_need_it_sort_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.zeros(3, 3 * CANDIDATES)
+    few, many = SamplingParams(seed=1, top_k=5), SamplingParams(seed=1, top_k=2 * CANDIDATES)
+    sort, sorted_shapes = torch.Tensor.sort, []
+
+    def counted(tensor: torch.Tensor, *args, **options):
+        sorted_shapes.append(tuple(tensor.shape))
+        return sort(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "sort", counted)
+    sample(logits, [few, many, few], [p.generator() for p in (few, many, few)])
+    assert sorted_shapes == [(1, 3 * CANDIDATES)]
+
+
 def test_without_a_seed_each_generator_is_another() -> None:
     state = torch.get_rng_state()
     assert len({SamplingParams().generator().initial_seed() for _ in range(8)}) == 8

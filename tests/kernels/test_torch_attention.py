@@ -58,6 +58,18 @@ def test_documents(
         assert (a.grad.double() - b.grad).abs().max() <= tolerance * b.grad.abs().max().clamp_min(1)
 
 
+@pytest.mark.parametrize("lengths", [(7, 7, 7), (23, 5, 61)])
+def test_training_after_an_evaluation_with_the_same_lengths(
+    make_ops: MakeOps, pack: Pack, lengths: tuple[int, ...]
+) -> None:
+    attention, given = make_ops("float32").attention, qkv(sum(lengths), (2, 1, 4), torch.float32)
+    with torch.inference_mode():
+        wanted = attention(*given, pack(*lengths))
+    out = attention(*given, pack(*lengths))
+    out.sum().backward()
+    assert torch.equal(out, wanted)
+
+
 @pytest.mark.parametrize("lengths", [(5,), (3, 3), (2, 4, 1)])
 def test_gradcheck(make_ops: MakeOps, pack: Pack, lengths: tuple[int, ...]) -> None:
     batch = pack(*lengths)

@@ -3,6 +3,8 @@
 import json
 import pickletools
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -116,6 +118,49 @@ def test_an_exception_while_writing_leaves_the_old_folder(tmp_path):
         (partial / "a").write_text("new")
     assert (folder / "a").read_text() == "new"
     assert damage(folder) is None
+
+
+KILLED = """\
+import json, os, shutil, sys
+from pathlib import Path
+from nanovllm_core.files import written_whole
+
+folder, calls = Path(sys.argv[1]), []
+
+def counted(act):
+    def call(*arguments, **options):
+        calls.append(act)
+        if len(calls) == int(sys.argv[2]):
+            os._exit(9)
+        return act(*arguments, **options)
+    return call
+
+with written_whole(folder) as partial:
+    state = json.loads((folder / "state.json").read_text())
+    (partial / "state.json").write_text(json.dumps(state | {"position": 99}))
+    os.replace, shutil.rmtree = counted(os.replace), counted(shutil.rmtree)
+"""
+
+
+@pytest.mark.parametrize(("call", "position"), [(1, 8), (2, 8), (3, 99)])
+def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(tmp_path, call, position):
+    folder = save(tmp_path, 1, *trained(seed=1))
+    (tmp_path / ".checkpoint-notes.old").mkdir()  # a stranger's
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(call)])
+    assert killed.returncode == 9
+    assert folder.exists() == (call != 2)  # the second call would put the new folder where the old one was
+    found, back = checkpoint.newest(tmp_path, pytest.fail)
+    assert (found, back.position) == (folder, position)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".checkpoint-notes.old", "checkpoint-1"]
+
+
+def test_the_next_write_brings_back_what_a_kill_left_aside(tmp_path):
+    folder = save(tmp_path, 1, *trained(seed=1))
+    subprocess.run([sys.executable, "-c", KILLED, str(folder), "2"])
+    with pytest.raises(RuntimeError), written_whole(folder):
+        raise RuntimeError
+    assert damage(folder) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def test_optimizer_state_of_another_model_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from nanovllm_core.assemble import assemble, models_of
 from nanovllm_core.contracts import IGNORE, Batch, MicroBatch, Step
@@ -13,6 +13,7 @@ from nanovllm_core.machine import Machine
 from nanovllm_core.plan import plan_model
 from nanovllm_core.recipe import Recipe
 from nanovllm_core.registry import Registry
+from nanovllm_core.training.evaluate import evaluate
 from nanovllm_core.training.optimizer import rate
 from nanovllm_core.training.trainer import Evaluation, Settings, Trainer
 
@@ -147,6 +148,19 @@ def test_evaluation_is_the_token_mean_over_everything(plan):
     assert figures["eval_loss"] == pytest.approx(total / count, rel=1e-5)
     assert figures["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert figures["eval_bits_per_byte"] == pytest.approx(total / math.log(2) / 1234, rel=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(9, 9, 9, 9), (31, 9, 18)], ids=["uniform", "mixed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_evaluation_leaves_nothing_behind_that_training_cannot_use(plan, lengths, dtype):
+    model = assemble(evolve(plan, dtype=dtype), "cpu", seed=5, training=True)
+    documents = [(torch.arange(n), torch.arange(1, n + 1)) for n in lengths]
+    part = micro_batch(documents)
+    figures = evaluate(model, [part], text_bytes=1)
+    loss = model.module(part.tokens, part.batch, targets=part.targets)
+    loss.backward()
+    assert loss.item() / part.trained == pytest.approx(figures["eval_loss"], rel=1e-5)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.module.parameters())
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(plan):

@@ -74,6 +74,7 @@ class _Plan:
 
 
 @lru_cache(maxsize=4)  # all layers of a forward ask for the same one
+@torch.inference_mode(False)  # training may ask for what an evaluation made, and could not save an inference tensor
 def _plan(lengths: tuple[int, ...], device: torch.device) -> _Plan:
     by_length = sorted(range(len(lengths)), key=lambda d: -lengths[d])
     groups: list[list[int]] = []

@@ -12,8 +12,8 @@ from attrs import frozen
 from nanovllm_core.contracts import Accept, ModelRef, Module, Ops, Refuse, Shape, Verdict
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hookspecs import hookimpl
-from nanovllm_core.hub import resolve
-from nanovllm_core.weights import CONFIG, INDEX, SINGLE, ModelFolder, read_config
+from nanovllm_core.hub import INDEX, SINGLE, resolve
+from nanovllm_core.weights import CONFIG, ModelFolder, read_config
 from nanovllm_models.config import TransformerConfig, parameter_shapes
 from nanovllm_models.families import from_huggingface
 
