@@ -11,7 +11,7 @@ from pydoc_data.topics import topics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanovllm_tokenizers.bpe import END, PAD, SPLIT, Bpe, BpeTokenizer, train
+from nanovllm_tokenizers.bpe import CUT, END, PAD, PIECE, SPLIT, Bpe, BpeTokenizer, pieces, train
 from nanovllm_tokenizers.hf import load
 
 from nanovllm_core.errors import DataError, OptionError
@@ -133,6 +133,35 @@ def test_training_reads_special_words_as_text() -> None:
     noisy = train([f"{END} {END} hello hello {PAD}"] * 50, 400)
     assert noisy.decode(noisy.encode([f"{END}hello"])[0]) == f"{END}hello"
     assert not {0, 1} & set(noisy.encode([f"{END}hello{PAD}"])[0])
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["a", "Zoë", "'s", " ", "  ", "\n", "\r\n", "\t", ".", "—", "12", "漢字", "\u0301", "\u2028"])
+    )
+)
+def test_long_texts_are_cut_between_words(parts: list[str]) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    def words(text: str) -> list[str]:
+        return [w for w, _ in pre_tokenizers.Split(Regex(SPLIT), behavior="isolated").pre_tokenize_str(text)]
+
+    text = "".join(parts)
+    if place := CUT.match(text):
+        assert words(text[: place.end()]) + words(text[place.end() :]) == words(text)
+    cut = list(pieces([text], 12))
+    assert "".join(cut) == text
+    assert all(len(piece) <= 12 for piece in cut)
+
+
+def test_a_long_document_gives_the_same_vocabulary_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "\n".join(TOPICS)
+    assert len(text) > 2 * PIECE
+    wanted = train([text], 600).fingerprint
+    for most in (1000, 10**9):
+        monkeypatch.setattr("nanovllm_tokenizers.bpe.PIECE", most)
+        assert train([text], 600).fingerprint == wanted
 
 
 def test_too_small_a_size_is_refused() -> None:
