@@ -51,6 +51,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _choice(model.parallel, recipe)
     yield f"    layout: data {model.layout.data} x shard {model.layout.shard} x tensor {model.layout.tensor}"
     yield f"compute       {model.dtype} (train.mixed_precision: {recipe.train.mixed_precision}), fp32 master weights"
+    if plan.emulated:
+        yield f"              {plan.emulated}"
     yield from _kernels(list(model.kernels.values()), recipe)
     yield "train"
     yield from _settings("train", recipe, recipe.train)

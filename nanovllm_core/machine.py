@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 
 @frozen(kw_only=True)
@@ -15,6 +15,7 @@ class Machine:
     device_name: str = ""
     memory: int = 0  # bytes free on the device; 0 when unknown
     cores: int = 1  # usable by this process
+    bf16: bool = True  # multiplied by instructions of the device; false: emulated, slower than fp32
     world_size: int = 1
     rank: int = 0
     local_rank: int = 0
@@ -31,10 +32,19 @@ class Machine:
             free, _total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_name(index)
             return cls(device="cuda", device_name=name, memory=free, cores=cores, **ranks)
-        return cls(device="cpu", device_name=f"{cores} cores", memory=_host_memory(), cores=cores, **ranks)
+        cpu = cls(device="cpu", device_name=f"{cores} cores", memory=_host_memory(), cores=cores, **ranks)
+        return evolve(cpu, bf16=_cpu_has_bf16())
 
 
 _RANKS = (("world_size", "WORLD_SIZE", "1"), ("rank", "RANK", "0"), ("local_rank", "LOCAL_RANK", "0"))
+
+
+def _cpu_has_bf16() -> bool:
+    """What torch can tell: of x86 since 2.12, of others nothing; true when it is not known."""
+    import torch
+
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return known.get("architecture") != "x86_64" or bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def _host_memory() -> int:

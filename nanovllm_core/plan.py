@@ -105,6 +105,13 @@ class Plan:
     output_dir: Path
     chunk_overlap: Decision
 
+    @property
+    def emulated(self) -> str:
+        """What to know about a compute type that the device has no instructions for; empty when it has."""
+        if self.model.dtype != "bfloat16" or self.machine.bf16:
+            return ""
+        return "this CPU has no bf16 instructions and emulates them: train.mixed_precision: fp32 is faster here"
+
     def events(self, more: tuple[object, ...] = ()) -> Callbacks:
         """All callbacks as one relay: the recipe's, then those handed to `run`. Raises BrokenComponent."""
         recipes = [(c.entry.full_name, c.component) for c in self.callbacks]

@@ -35,6 +35,8 @@ def run(plan: Plan, callbacks: Sequence[object] = ()) -> Path:
         events.run_started(plan=plan)
         for suffix, count in sorted(plan.data.documents.unknown.items()):
             events.note(text=f"{count} files of kind {suffix or '(no suffix)'} are left out: no reader takes them")
+        if plan.emulated:
+            events.note(text=plan.emulated)
         fingerprint = plan.data.documents.fingerprint(phase(events, "hashing the documents", "bytes"))
         who = identity(plan, fingerprint, phase(events, "hashing the model", "bytes"))
         found = settle(folder, entries, who, lambda text: events.note(text=text))

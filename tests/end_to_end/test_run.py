@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from nanovllm_core import LLM, SamplingParams, hookimpl
+from nanovllm_core import LLM, Machine, SamplingParams, hookimpl
 from nanovllm_core.errors import DataError, GenerationError, OutputError, RecipeError
 
 KILLED = """
@@ -175,9 +175,11 @@ def test_accumulation_does_not_change_the_loss(go):
     assert losses(c) == pytest.approx(losses(a), rel=1e-5)
 
 
-def test_bf16_compute_learns_too(go):
-    _, watch = go("train.mixed_precision=bf16")
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_compute_learns_too_and_emulation_is_said(go, has):
+    _, watch = go("train.mixed_precision=bf16", machine=Machine(bf16=has))
     assert losses(watch)[-1] < losses(watch)[0]
+    assert watch.said("no bf16 instructions") is not has
 
 
 def test_concatenated_documents(go):
