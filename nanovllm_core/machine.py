@@ -25,18 +25,17 @@ class Machine:
         """What is here: the first visible GPU (or this rank's), else the CPU. Ranks as torchrun tells them."""
         import torch
 
-        ranks = {key: int(os.environ.get(name, default)) for key, name, default in _RANKS}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if torch.cuda.is_available():
-            index = ranks["local_rank"] % torch.cuda.device_count()
-            free, _total = torch.cuda.mem_get_info(index)
-            name = torch.cuda.get_device_name(index)
-            return cls(device="cuda", device_name=name, memory=free, cores=cores, **ranks)
-        cpu = cls(device="cpu", device_name=f"{cores} cores", memory=_host_memory(), cores=cores, **ranks)
-        return evolve(cpu, bf16=_cpu_has_bf16())
-
-
-_RANKS = (("world_size", "WORLD_SIZE", "1"), ("rank", "RANK", "0"), ("local_rank", "LOCAL_RANK", "0"))
+        world_size, rank, local_rank = (
+            int(os.environ.get(name, default))
+            for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+        )
+        here = cls(cores=cores, world_size=world_size, rank=rank, local_rank=local_rank)
+        if not torch.cuda.is_available():
+            return evolve(here, device_name=f"{cores} cores", memory=_host_memory(), bf16=_cpu_has_bf16())
+        index = local_rank % torch.cuda.device_count()
+        free, _total = torch.cuda.mem_get_info(index)
+        return evolve(here, device="cuda", device_name=torch.cuda.get_device_name(index), memory=free)
 
 
 def _cpu_has_bf16() -> bool:
