@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,17 @@ def prepare(plan: Plan, fingerprint: str, folder: Path, events: Callbacks) -> Co
     """
     documents, data, seed = plan.data.documents, plan.recipe.data, plan.recipe.train.seed
     key = hashlib.sha256(json.dumps([fingerprint, reading(plan, versions=True)]).encode()).hexdigest()
-    counts = known_counts(folder, key) or documents.count(phase(events, "reading", "bytes"))
+    with phase(events, "reading") as tell:
+        counts = known_counts(folder, key) or documents.count(tell)
     count = counts.documents
     skipped = "".join(f", {n} skipped ({why})" for why, n in counts.skipped.items())
     events.note(text=f"{count:,} documents in {documents.files:,} files, {counts.characters:,} characters{skipped}")
     out = held_out(count, data.eval_fraction, seed)
     absent = frozenset(out.tolist())
-    tokenizer = tokenizer_of(
-        plan.model, lambda: documents.texts(absent, phase(events, "building the vocabulary", "bytes"))
-    )
-    store = open_or_build(folder, key, documents, tokenizer, phase(events, "tokenising", "bytes"))
+    with phase(events, "building the vocabulary") as tell:
+        tokenizer = tokenizer_of(plan.model, lambda: documents.texts(absent, tell))
+    with phase(events, "tokenising") as tell:
+        store = open_or_build(folder, key, documents, tokenizer, tell)
     chunks, packing = _packed(plan, store, tokenizer, kept(count, out), seed)
     if not len(packing):
         raise DataError(f"{data.path}: no document has two tokens or more, so there is nothing to learn from")
@@ -116,6 +118,17 @@ def batches(plan: Plan, corpus: Corpus, rows_per_step: int, rank: int, world: in
     )
 
 
-def phase(events: Callbacks, name: str, unit: str) -> Callable[[int, int], None]:
-    """A progress function that tells the callbacks."""
-    return lambda done, total: events.phase_progress(phase=name, done=done, total=total, unit=unit)
+@contextmanager
+def phase(events: Callbacks, name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress function in bytes that tells the callbacks; that the phase is over, only at the end of the block."""
+    whole = None
+
+    def tell(done: int, total: int) -> None:
+        nonlocal whole
+        whole = total
+        if done < total:
+            events.phase_progress(phase=name, done=done, total=total, unit="bytes")
+
+    yield tell
+    if whole is not None:
+        events.phase_progress(phase=name, done=whole, total=whole, unit="bytes")

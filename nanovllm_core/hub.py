@@ -70,6 +70,8 @@ def fingerprint(name: str, *, weights: bool, progress: Callable[[int, int], None
     files = [path] if folder is None else sorted({p for pattern in wanted for p in folder.glob(pattern)})
     done, total = 0, sum(p.stat().st_size for p in files)
     whole = hashlib.sha256()
+    if progress is not None:
+        progress(0, total)
     for file in files:
         whole.update(f"{file.name}\0{digest(file)}\n".encode())
         done += file.stat().st_size

@@ -37,8 +37,10 @@ def run(plan: Plan, callbacks: Sequence[object] = ()) -> Path:
             events.note(text=f"{count} files of kind {suffix or '(no suffix)'} are left out: no reader takes them")
         if plan.emulated:
             events.note(text=plan.emulated)
-        fingerprint = plan.data.documents.fingerprint(phase(events, "hashing the documents", "bytes"))
-        who = identity(plan, fingerprint, phase(events, "hashing the model", "bytes"))
+        with phase(events, "hashing the documents") as tell:
+            fingerprint = plan.data.documents.fingerprint(tell)
+        with phase(events, "hashing the model") as tell:
+            who = identity(plan, fingerprint, tell)
         found = settle(folder, entries, who, lambda text: events.note(text=text))
         write_lock(folder, lock_of(plan, who, fingerprint))
         if found is None or finished(folder, found[1].step) != _length(plan):

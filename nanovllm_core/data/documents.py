@@ -131,6 +131,8 @@ class Documents:
 
     def _records(self, progress: Progress | None) -> Iterator[Record]:
         done = told = 0
+        if progress is not None:
+            progress(0, self.bytes)
         for source, reader in self._known:
             for record in _read(source, reader):
                 here = done + min(record.byte, source.size)

@@ -123,6 +123,8 @@ def fingerprint(sources: Iterable[Source], progress: Progress | None = None) -> 
     sources = tuple(sources)
     done, total = 0, sum(s.size for s in sources)
     whole = hashlib.sha256()
+    if progress is not None:
+        progress(0, total)
     for source in sources:
         if not source.exists:
             raise DataError(f"{source.name}: is no file, so its content cannot be hashed")

@@ -51,7 +51,7 @@ def test_progress_says_once_that_a_walk_is_over() -> None:
     documents = Documents(Sources(path="mem", sources=found), lambda s: Reader(), document_of)
     told: list[tuple[int, int]] = []
     documents.count(lambda done, total: told.append((done, total)))
-    assert [done >> 20 for done, _ in told] == [1, 2, 3, 4]
+    assert [done >> 20 for done, _ in told] == [0, 1, 2, 3, 4]
     assert told[-1] == (4 << 20, 4 << 20)
 
 

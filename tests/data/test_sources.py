@@ -92,7 +92,7 @@ def test_fingerprint_tells_how_far_it_is_and_refuses_what_is_no_file(tmp_path: P
     found = Sources.find(str(tree(tmp_path, "a.txt", "b.txt")))
     told: list[tuple[int, int]] = []
     fingerprint(found, lambda done, total: told.append((done, total)))
-    assert told == [(5, 10), (10, 10)]
+    assert told == [(0, 10), (5, 10), (10, 10)]
     with pytest.raises(DataError, match="no file"):
         fingerprint(Sources.find("memory://7"))
     (tmp_path / "a.txt").unlink()

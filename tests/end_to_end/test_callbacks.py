@@ -5,8 +5,10 @@ import os
 import shutil
 
 import pytest
+from attrs import frozen
 
 from nanovllm_core import hookimpl
+from nanovllm_core.contracts import Decision
 from nanovllm_core.errors import BrokenComponent
 
 
@@ -25,6 +27,34 @@ def test_a_component_named_twice_works_twice(go):
     assert (out / "other.jsonl").read_text() == (out / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in (out / "other.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_phase_is_over_once_and_only_when_its_work_is(go):
+    from nanovllm_tokenizers.bpe import Bpe
+
+    @frozen(kw_only=True, eq=False)
+    class Slow:
+        """Does most of its work after it has seen the last text."""
+
+        @hookimpl
+        def vocab_size(self, data_bytes):
+            return Decision(400, "fixed")
+
+        @hookimpl
+        def make(self, texts, vocab_size):
+            tokenizer = Bpe(size=vocab_size).make(texts, vocab_size)
+            assert over == ["hashing the documents", "reading"]
+            return tokenizer
+
+    class Over:
+        @hookimpl
+        def phase_progress(self, phase, done, total):
+            if done == total:
+                over.append(phase)
+
+    over = []
+    go("tokenizer=slow", tokenizers={"slow": Slow}, callbacks=[Over()])
+    assert over == ["hashing the documents", "reading", "building the vocabulary", "tokenising"]
 
 
 def test_a_callback_with_a_misspelt_hook_is_refused_before_anything_is_written(go, folder):
