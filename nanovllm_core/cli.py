@@ -34,7 +34,7 @@ learned (data, tokenizer, model, train) and the old contents of output_dir move 
 examples:
   nanovllm run recipe.yaml --set train.learning_rate=1e-4 --set output_dir=other
   nanovllm run recipe.yaml --set model.size=small
-  nanovllm run recipe.yaml --without kernels:torch
+  nanovllm run recipe.yaml --without readers:jsonl
 
 """
 
@@ -70,16 +70,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="nanovllm", description="Train language models on your own documents.", epilog=START, formatter_class=raw
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     parser.set_defaults(command=None)
 
     init = commands.add_parser("init", help="make a folder of real documents and a recipe to start from")
     init.add_argument("folder", type=Path, help="a new or empty folder")
     init.set_defaults(command=_init)
 
-    run = commands.add_parser("run", help="do what a recipe says", formatter_class=_RunHelp, description=RUN)
-    explain = commands.add_parser("explain", help="show what a recipe would do, and why", formatter_class=_RunHelp)
+    run = commands.add_parser("run", help="do what a recipe says", formatter_class=raw, description=RUN)
+    explain = commands.add_parser("explain", help="show what a recipe would do, and why", formatter_class=raw)
     for sub, command in ((run, _run), (explain, _explain)):
+        sub.keys = True
         sub.add_argument("recipe", type=Path, help="a YAML file")
         sub.add_argument(
             "--set",
@@ -131,13 +132,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _RunHelp(argparse.RawDescriptionHelpFormatter):
-    """Appends the recipe's keys, so that they are looked up only when someone asks for help."""
+class _Parser(argparse.ArgumentParser):
+    """Appends a recipe's keys to the help of the commands that take one, looked up only when someone asks for it."""
+
+    keys = False
 
     def format_help(self) -> str:
-        from nanovllm_core.manual import keys_help
+        text = super().format_help()
+        if self.keys:
+            from nanovllm_core.manual import keys_help
 
-        return super().format_help() + "\n" + keys_help()
+            text += "\n" + keys_help()
+        return text
 
 
 def _init(args: argparse.Namespace) -> int:

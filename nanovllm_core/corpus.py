@@ -35,24 +35,38 @@ class Corpus:
     evaluation: Evaluation | None
 
 
-def prepare(plan: Plan, fingerprint: str, folder: Path, events: Callbacks) -> Corpus:
-    """Everything between documents and batches; tokens are kept in `folder` and found again.
+def count(plan: Plan, fingerprint: str, folder: Path, events: Callbacks) -> int:
+    """How many documents there are: one walk over all of them, unless the store in `folder` remembers.
+
+    Raises DataError at the first bad record, or when there is no document.
+    """
+    documents = plan.data.documents
+    with phase(events, "reading") as tell:
+        counts = known_counts(folder, _key(plan, fingerprint)) or documents.count(tell)
+    skipped = "".join(f", {n} skipped ({why})" for why, n in counts.skipped.items())
+    events.note(
+        text=f"{counts.documents:,} documents in {documents.files:,} files, {counts.characters:,} characters{skipped}"
+    )
+    return counts.documents
+
+
+def _key(plan: Plan, fingerprint: str) -> str:
+    """Changes whenever the documents may."""
+    return hashlib.sha256(json.dumps([fingerprint, reading(plan, versions=True)]).encode()).hexdigest()
+
+
+def prepare(plan: Plan, fingerprint: str, count: int, folder: Path, events: Callbacks) -> Corpus:
+    """Everything between `count` documents and batches; tokens are kept in `folder` and found again.
 
     Raises DataError when there is nothing to train on.
     """
     documents, data, seed = plan.data.documents, plan.recipe.data, plan.recipe.train.seed
-    key = hashlib.sha256(json.dumps([fingerprint, reading(plan, versions=True)]).encode()).hexdigest()
-    with phase(events, "reading") as tell:
-        counts = known_counts(folder, key) or documents.count(tell)
-    count = counts.documents
-    skipped = "".join(f", {n} skipped ({why})" for why, n in counts.skipped.items())
-    events.note(text=f"{count:,} documents in {documents.files:,} files, {counts.characters:,} characters{skipped}")
     out = held_out(count, data.eval_fraction, seed)
     absent = frozenset(out.tolist())
     with phase(events, "building the vocabulary") as tell:
         tokenizer = tokenizer_of(plan.model, lambda: documents.texts(absent, tell))
     with phase(events, "tokenising") as tell:
-        store = open_or_build(folder, key, documents, tokenizer, tell)
+        store = open_or_build(folder, _key(plan, fingerprint), documents, tokenizer, tell)
     chunks, packing = _packed(plan, store, tokenizer, kept(count, out), seed)
     if not len(packing):
         raise DataError(f"{data.path}: no document has two tokens or more, so there is nothing to learn from")

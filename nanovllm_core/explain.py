@@ -30,8 +30,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"output        {plan.output_dir}"
     yield f"documents     {sources.path}: {documents.files} files, {documents.bytes:,} bytes"
     yield "              " + ", ".join(f"{n} {suffix or NO_SUFFIX}" for suffix, n in sorted(sources.suffixes.items()))
-    for suffix, count in sorted(documents.unknown.items()):
-        yield f"              {count} files of kind {suffix or NO_SUFFIX} are left out: no reader takes them"
+    for text in plan.data.left_out:
+        yield f"              {text}"
     yield "data.readers (each file goes to the one that accepts it with the highest priority)"
     for c in plan.data.readers:
         yield from _candidate(c, recipe, f": {plan.data.taken.get(c.entry.full_name, 0)} files")

@@ -37,6 +37,11 @@ class Choice:
     at: tuple[str | int, ...] = ()  # where the recipe names it
 
 
+@frozen
+class Fault(Refuse):
+    """A no that is the component's own mistake."""
+
+
 def ask(candidate: Candidate, probe: Callable[[Any], object]) -> Verdict:
     """A candidate's verdict; a probe that raises or answers nonsense is a refusal that says so."""
     if candidate.unusable:
@@ -44,10 +49,10 @@ def ask(candidate: Candidate, probe: Callable[[Any], object]) -> Verdict:
     try:
         verdict = probe(candidate.component)
     except Exception as e:  # a stranger's probe may raise anything; its reason is kept
-        return Refuse(f"its probe raised {type(e).__name__}: {e}")
+        return Fault(f"its probe raised {type(e).__name__}: {e}")
     if isinstance(verdict, (Accept, Refuse)):
         return verdict
-    return Refuse(f"its probe answered {verdict!r}, neither Accept nor Refuse")
+    return Fault(f"its probe answered {verdict!r}, neither Accept nor Refuse")
 
 
 def usable(slot: str, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -77,7 +82,10 @@ def choose(slot: str, candidates: Sequence[Candidate], probe: Callable[[Any], ob
         meant = [told for c, told in zip(candidates, refused, strict=True) if not c.misfit] or refused
         if len(meant) == 1:
             raise RefusedError(f"{slot}: {meant[0][0]} refuses: {meant[0][1]}")
-        reasons = "".join(f"\n  {name}: {why}" for name, why in refused) or " (none is installed)"
+        reasons = (
+            "".join(f"\n  {name}: {why}" for name, why in refused)
+            or " (none is installed, or --without leaves them out)"
+        )
         raise RefusedError(f"{slot}: no component accepts:{reasons}")
     accepted.sort(key=lambda pair: -pair[0].priority)
     best, winner = accepted[0]

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from attrs import frozen
+
 from nanovllm_core.errors import OutputError
 from nanovllm_core.files import sync
 from nanovllm_core.plan import PREVIOUS
@@ -21,20 +23,31 @@ from nanovllm_core.training.checkpoint import State, newest
 
 LOCK, FINISHED = "plan.lock.json", "finished.json"
 TOKENS, BUSY = "tokens", ".busy.lock"
+BEGUN = ""  # the identity of a run that has not read its documents yet
 KEPT = (PREVIOUS, TOKENS, BUSY)  # whatever run comes
 
 
-@contextmanager
-def claimed(folder: Path) -> Iterator[list[Path]]:
-    """Hold `folder` for this process; the system lets go of it however the process ends. Gives what is in it.
+@frozen
+class Claim:
+    """An output folder that is this process's for now, as it was found."""
 
-    Raises OutputError.
+    folder: Path
+    entries: list[Path]  # what belongs to the run that was here
+    owner: str | None  # that run's identity
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[Claim]:
+    """Hold `folder` for this process; the system lets go of it however the process ends.
+
+    Raises OutputError when another process holds it, or it has contents that no run made.
     """
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / BUSY)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(p for p in folder.iterdir() if p.name != BUSY)
         lock.acquire(timeout=0)
     except Timeout as e:
         raise OutputError(
@@ -43,33 +56,34 @@ def claimed(folder: Path) -> Iterator[list[Path]]:
     except OSError as e:
         raise OutputError(f"output_dir {folder}: cannot be used ({e.strerror or e})") from e
     try:
-        yield sorted(p for p in folder.iterdir() if p.name not in KEPT and p.suffix != ".partial")
+        owner = _owner(folder) if found else None
+        if found and owner is None and not any(folder.glob(f"{PREVIOUS}/*/{LOCK}")):
+            raise OutputError(
+                f"output_dir {folder}: holds {found[0].name} and no {LOCK}, so no run made it; name another folder or "
+                "empty it"
+            )
+        if not found:
+            write_lock(folder, {"identity": BEGUN})
+        entries = [p for p in found if p.name not in KEPT and not (p.name[0] == "." and p.suffix == ".partial")]
+        yield Claim(folder, entries, owner)
     finally:
         lock.release()
 
 
-def settle(folder: Path, entries: list[Path], identity: str, tell: Callable[[str], None]) -> tuple[Path, State] | None:
-    """Make `folder`, which holds `entries`, this run's: the checkpoint to go on from, or None to begin.
-
-    Raises OutputError.
-    """
+def settle(claim: Claim, identity: str, tell: Callable[[str], None]) -> tuple[Path, State] | None:
+    """Make the folder this run's: the checkpoint to go on from, or None to begin."""
+    folder = claim.folder
     moving = next((p for p in folder.glob(f"{PREVIOUS}/*.moving")), None)
-    if not entries and moving is None:
-        return None
     if moving is None:
-        owner = _owner(folder)
-        if owner is None:
-            raise OutputError(
-                f"output_dir {folder}: holds {entries[0].name} and no {LOCK}, so no run made it; name another folder or "
-                "empty it"
-            )
-        if owner == identity:
+        if claim.owner == identity:
             return newest(folder, tell)
+        if not any(p.name != LOCK for p in claim.entries):
+            return None
         number = 1 + max((int(p.name) for p in folder.glob(f"{PREVIOUS}/*") if p.name.isdigit()), default=0)
         moving = folder / PREVIOUS / f"{number}.moving"  # found again, and finished, after a kill half-way
         moving.mkdir(parents=True)
         sync(moving.parent)
-    for path in entries:
+    for path in claim.entries:
         os.replace(path, moving / path.name)
     old = moving.with_suffix("")
     os.replace(moving, old)
@@ -79,11 +93,18 @@ def settle(folder: Path, entries: list[Path], identity: str, tell: Callable[[str
 
 def _owner(folder: Path) -> str | None:
     """The identity of the run that made the folder: from its lock, or where that is lost, from its checkpoints."""
+    if (locked := locked_by(folder)) is not None:
+        return locked
+    found = newest(folder, lambda text: None)
+    return found[1].identity if found else None
+
+
+def locked_by(folder: Path) -> str | None:
+    """The identity in the folder's lock; None without a lock that can be read."""
     try:
         return str(json.loads((folder / LOCK).read_text(encoding="utf-8"))["identity"])
     except (OSError, ValueError, KeyError, TypeError):
-        found = newest(folder, lambda text: None)
-        return found[1].identity if found else None
+        return None
 
 
 def write_lock(folder: Path, lock: dict[str, Any]) -> None:
@@ -97,12 +118,12 @@ def mark_finished(folder: Path, step: int, length: dict[str, Any], files: Iterab
     _write(folder / FINISHED, {"step": step, "length": length, "files": sizes})
 
 
-def finished(folder: Path, step: int) -> dict[str, Any] | None:
-    """The length that was asked for when the model of this step was finished; None when it is not, or not all there."""
+def finished(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """Step of the finished model and the length that was asked for; None when there is none, or not all of it."""
     try:
         note = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in note["files"].items())
-        return dict(note["length"]) if whole and note["step"] == step else None
+        return (int(note["step"]), dict(note["length"])) if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -29,7 +29,7 @@ from nanovllm_core.estimate import Memory, training_memory
 from nanovllm_core.hooks import bind, given
 from nanovllm_core.hookspecs import Callbacks, Extractors, Kernels, Models, Parallel, Readers, Tokenizers
 from nanovllm_core.machine import Machine
-from nanovllm_core.negotiate import Candidate, Choice, ask, choose, usable
+from nanovllm_core.negotiate import Candidate, Choice, Fault, ask, choose, usable
 from nanovllm_core.options import model_refs
 from nanovllm_core.recipe import AUTO, Component, Recipe
 from nanovllm_core.registry import Registry
@@ -66,23 +66,36 @@ class DataPlan:
     extractors: tuple[Candidate, ...]
     taken: Mapping[str, int]  # reader's full name -> sources that it reads
     assignment: str  # sha256 over which reader takes which source
+    faults: tuple[tuple[str, str], ...] = ()  # readers that are broken, and how
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What lies among the sources and is not read, in sentences."""
+        unknown = sorted(self.documents.unknown.items())
+        texts = [f"{n} files of kind {s or '(no suffix)'} are left out: no reader takes them" for s, n in unknown]
+        if odd := self.documents.all.odd:
+            texts.append(f"{len(odd)} entries are left out, neither file nor folder: {', '.join(odd[:3])}")
+        return (*texts, *(f"reader {name}: {why}; what it should read may be left out" for name, why in self.faults))
 
 
 class _Pick:
     """Chooses each source's reader, and remembers."""
 
-    def __init__(self, readers: Sequence[Candidate]) -> None:
+    def __init__(self, readers: Sequence[Candidate], place: str) -> None:
+        self.place = place  # of data.path, for messages
         self.readers, self.taken, self.assignment = readers, Counter[str](), hashlib.sha256()
+        self.faults = {c.entry.name: c.unusable for c in readers if c.unusable and not c.misfit}
         self._relays = {id(c.component): _bound(Readers, c.component) for c in usable("data.readers", readers)}
 
     def __call__(self, source: Source) -> Readers | None:
         """The reader for a source; None when every one refuses. Raises AmbiguousComponent when two tie."""
         verdicts = [(c, ask(c, lambda r: self._relays[id(r)].probe(source=source))) for c in self.readers]
+        self.faults |= {c.entry.name: v.why for c, v in verdicts if isinstance(v, Fault)}
         if not any(isinstance(v, Accept) for _, v in verdicts):
             if not source.exists:
                 reasons = "".join(f"\n  {c.entry.name}: {v.why}" for c, v in verdicts)
                 raise DataError(
-                    f"data.path: {source.path!r} is neither a file nor a folder, and no reader takes it:{reasons}"
+                    f"{self.place}: data.path: {source.path!r} is neither a file nor a folder, and no reader takes it:{reasons}"
                 )
             return None
         known = {id(c.component): v for c, v in verdicts}
@@ -177,13 +190,18 @@ def _overlap(recipe: Recipe) -> Decision:
 def _plan_data(slots: Slots, output_dir: Path) -> DataPlan:
     recipe = slots.recipe
     assert recipe.data.path is not None
-    path = recipe.base / Path(recipe.data.path).expanduser()
+    path, place = recipe.base / Path(recipe.data.path).expanduser(), recipe.text.place(("data", "path"))
+    if path.exists() and path.resolve().is_relative_to(output_dir):
+        raise RecipeError(
+            f"{place}: data.path: {path.resolve()} lies in output_dir {output_dir}, where a run writes and moves what it "
+            "finds; name another output_dir"
+        )
     sources = Sources.find(str(path.resolve()) if path.exists() else recipe.data.path, exclude=output_dir)
     readers = tuple(slots.candidates("readers", recipe.data.readers)[0])
     extractors = tuple(slots.candidates("extractors", recipe.data.extractors)[0])
     asked = usable("data.extractors", extractors)  # in this order; the first answer wins
     relay = bind(Extractors, [(c.entry.full_name, c.component) for c in asked])
-    pick = _Pick(readers)
+    pick = _Pick(readers, str(place))
     documents = Documents(sources, pick, lambda record: relay.extract(record=record))
     return DataPlan(
         documents=documents,
@@ -191,6 +209,7 @@ def _plan_data(slots: Slots, output_dir: Path) -> DataPlan:
         extractors=extractors,
         taken=pick.taken,
         assignment=pick.assignment.hexdigest(),
+        faults=tuple(sorted(pick.faults.items())),
     )
 
 

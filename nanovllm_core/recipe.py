@@ -86,7 +86,7 @@ class Train:
     global_batch_size: sequences to one optimizer step over all devices; overrides gradient_accumulation_steps
     num_train_epochs: passes over the documents
     max_steps: stop after this many optimizer steps; null: as many as num_train_epochs needs
-    warmup_steps: optimizer steps from zero to learning_rate; null: 100, or a tenth of the run if less
+    warmup_steps: optimizer steps in which the learning rate rises; null: 100, or a tenth of the run if less
     lr_scheduler_type: how the learning rate falls after warm-up
     mixed_precision: compute type; auto is bf16 on GPU and fp32 on CPU
     gradient_clipping: largest global norm of the gradient; 0 is off

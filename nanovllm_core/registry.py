@@ -122,7 +122,7 @@ class Registry:
         if matches:
             names = ", ".join(e.full_name for e in matches)
             raise AmbiguousComponent(f"{kind}: {name!r} is offered by several distributions; write one of {names}")
-        known = [e.name for e in self.of_kind(kind)]
+        known = {e.name for e in self.of_kind(kind)}
         raise UnknownComponent(
             f"{kind}: nothing installed is named {name!r}{nearest(name, known)} (installed: {listed(known)})"
         )
@@ -133,7 +133,7 @@ class Registry:
         if isinstance(source, importlib.metadata.EntryPoint):
             try:
                 source = source.load()
-            except Exception as e:  # a stranger's module may raise anything; its reason is shown
+            except (Exception, SystemExit) as e:  # a stranger's module may raise anything; its reason is shown
                 raise BrokenComponent(f"{self._from(entry)}: does not import: {type(e).__name__}: {e}") from e
         cls = source if isinstance(source, type) else type(source)
         if problem := verify(entry.kind, cls):

@@ -8,13 +8,13 @@ from typing import Any
 
 from nanovllm_core.assemble import assemble, models_of
 from nanovllm_core.contracts import Parallelized
-from nanovllm_core.corpus import Corpus, batches, phase, prepare
+from nanovllm_core.corpus import Corpus, batches, count, phase, prepare
 from nanovllm_core.errors import CheckpointError, RefusedError
 from nanovllm_core.hookspecs import Callbacks
 from nanovllm_core.inference.generate import answerable, generate
 from nanovllm_core.inference.sampling import SamplingParams
 from nanovllm_core.lock import identity, lock_of, sequences_per_step
-from nanovllm_core.output import TOKENS, claimed, finished, mark_finished, settle, write_lock
+from nanovllm_core.output import TOKENS, claimed, finished, locked_by, mark_finished, settle, write_lock
 from nanovllm_core.plan import Plan
 from nanovllm_core.training import checkpoint
 from nanovllm_core.training.export import export, write_config
@@ -31,23 +31,26 @@ def run(plan: Plan, callbacks: Sequence[object] = ()) -> Path:
     events, folder = plan.events(tuple(callbacks)), plan.output_dir
     if plan.machine.world_size > 1:
         raise RefusedError(f"parallel: {plan.machine.world_size} processes were started; runs use one for now")
-    with claimed(folder) as entries:
+    with claimed(folder) as claim:
         events.run_started(plan=plan)
-        for suffix, count in sorted(plan.data.documents.unknown.items()):
-            events.note(text=f"{count} files of kind {suffix or '(no suffix)'} are left out: no reader takes them")
-        if plan.emulated:
-            events.note(text=plan.emulated)
+        for text in (*plan.data.left_out, plan.emulated):
+            if text:
+                events.note(text=text)
         with phase(events, "hashing the documents") as tell:
             fingerprint = plan.data.documents.fingerprint(tell)
         with phase(events, "hashing the model") as tell:
             who = identity(plan, fingerprint, tell)
-        found = settle(folder, entries, who, lambda text: events.note(text=text))
-        write_lock(folder, lock_of(plan, who, fingerprint))
-        if found is None or finished(folder, found[1].step) != _length(plan):
-            corpus = prepare(plan, fingerprint, folder / TOKENS, events)
-            _Job(plan, corpus, who, events).run(found)
+        documents = count(plan, fingerprint, folder / TOKENS, events)  # a bad one stops the run before anything moves
+        found = settle(claim, who, lambda text: events.note(text=text))
+        done = finished(folder)
+        if done is not None and done[1] == _length(plan) and (found is None or found[1].step == done[0]):
+            if locked_by(folder) != who:
+                write_lock(folder, lock_of(plan, who, fingerprint))
+            _say_finished(events, done[0])
         else:
-            _say_finished(events, found[1].step)
+            write_lock(folder, lock_of(plan, who, fingerprint))
+            corpus = prepare(plan, fingerprint, documents, folder / TOKENS, events)
+            _Job(plan, corpus, who, events).run(found)
     events.run_finished(output_dir=folder)
     return folder
 
@@ -86,12 +89,19 @@ class _Job:
                 "or name another output_dir to begin anew"
             )
         trainer, settings = self.trainer(found)
-        if state is not None and state.step >= settings.total_steps and finished(self.folder, state.step):
+        done = finished(self.folder)
+        if state is not None and state.step >= settings.total_steps and done is not None and done[0] == state.step:
             _say_finished(self.events, state.step)
             return
         if state is not None:
             self.events.note(text=f"going on from checkpoint-{state.step}")
-            if state.total_steps != settings.total_steps:
+            if state.step >= settings.total_steps and state.step < state.total_steps:
+                self.events.note(
+                    text=f"the recipe asks for {settings.total_steps} steps and {state.step} are done: the model is exported as "
+                    "it is"
+                )
+                trainer.evaluate()  # the saved figures are older than the weights
+            elif state.total_steps != settings.total_steps:
                 self.events.note(
                     text=f"the learning rate's schedule is laid out anew over {settings.total_steps} steps "
                     f"(it was {state.total_steps})"

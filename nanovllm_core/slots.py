@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import frozen
 
-from nanovllm_core.errors import BrokenComponent, OptionError, UnknownComponent, listed
+from nanovllm_core.errors import BrokenComponent, ComponentError, OptionError, UnknownComponent, listed
 from nanovllm_core.negotiate import Candidate
 from nanovllm_core.recipe import AUTO, Component, Recipe
 from nanovllm_core.registry import Entry, Registry
@@ -27,7 +27,10 @@ class Slots:
             names = listed(e.name for e in self.registry.of_kind(kind))
             place = line("`auto` chooses nothing here", wanted.at, self.recipe.text)
             raise UnknownComponent(f"{place}; name the {kind} that you want (installed: {names})")
-        entry = self.registry.find(kind, wanted.use)
+        try:
+            entry = self.registry.find(kind, wanted.use)
+        except ComponentError as e:
+            raise type(e)(line(str(e), wanted.at, self.recipe.text)) from None
         return Candidate(entry=entry, component=self._make(entry, wanted), at=wanted.at)
 
     def candidates(self, kind: str, wanted: Sequence[Component]) -> tuple[list[Candidate], str]:

@@ -153,6 +153,8 @@ class Documents:
         parts += [f"{n} records skipped: {reason}" for reason, n in counts.skipped.items()]
         if self._known and not counts.records:
             parts.append(f"{self.files} readable files without a record")
+        if self.all.odd:
+            parts.append(f"neither file nor folder: {', '.join(self.all.odd[:3])}")
         if self.all.hidden:
             parts.append(f"{self.all.hidden} hidden files and folders left out")
         return f"{self.all.path}: no documents; found: {'; '.join(parts) or 'nothing at all'}"

@@ -134,9 +134,9 @@ def open_or_build(
     try:
         _build(building, {"key": key, "documents": documents_key}, documents, tokenizer, progress)
         _publish(building, folder, key)
-        for other in root.glob("[!.]*"):
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        for meta in root.glob("[!.]*/meta.json"):
+            if meta.parent != folder and _is_store(meta.parent):
+                shutil.rmtree(meta.parent, ignore_errors=True)
     except OSError as e:
         raise OutputError(f"{root}: the token store cannot be written ({e.strerror or e})") from e
     finally:
@@ -145,6 +145,17 @@ def open_or_build(
     if store is None:
         raise OutputError(f"{folder}: the token store that was just written cannot be read back")
     return store
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether `_build` made it, and nobody put anything else there."""
+    return {p.name for p in folder.iterdir()} <= {
+        "tokens.bin",
+        "trained.bin",
+        "documents.bin",
+        "sources.json",
+        "meta.json",
+    }
 
 
 def _build(

@@ -110,7 +110,7 @@ def _encoded(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> Iterator[list[i
 
 def _answer(number: int, ids: list[int], params: SamplingParams, tokenizer: Tokenizer, max_len: int) -> Answer:
     if not ids:
-        raise GenerationError(f"prompt {number}: is empty, and this tokenizer has no begin token; give some text")
+        raise GenerationError(f"prompt {number}: is empty; give some text")
     wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < tokenizer.vocab_size]
     if wrong:
         raise GenerationError(f"prompt {number}: got token id {wrong[0]!r}, allowed: 0 to {tokenizer.vocab_size - 1}")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm_core import hookimpl
 from nanovllm_core.contracts import Accept, Decision, Record, Refuse
-from nanovllm_core.errors import CheckpointError, RecipeError
+from nanovllm_core.errors import CheckpointError, DataError, OutputError, RecipeError
 
 
 class Stop(Exception):
@@ -223,3 +223,98 @@ def test_a_tokenizer_that_now_makes_another_vocabulary_is_refused(go):
     taught.append("zebra zebra quagga quagga " * 500)
     with pytest.raises(CheckpointError, match="another vocabulary"):
         go("tokenizer=learned", tokenizers={"learned": Learned})
+
+
+def test_a_finished_run_stays_as_it_is_without_its_checkpoints_and_with_other_prompts(go):
+    out, _ = go()
+    for path in out.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    lock, model = (out / "plan.lock.json").read_bytes(), (out / "model.safetensors").stat().st_mtime_ns
+    _, watch = go("generate.prompts=[Other]")
+    assert watch.said("this run is finished (6 steps)")
+    assert (out / "plan.lock.json").read_bytes() == lock
+    assert (out / "model.safetensors").stat().st_mtime_ns == model
+
+
+def test_a_bad_document_moves_nothing(go, folder):
+    out, _ = go()
+    before = weights(out)
+    (folder / "docs" / "bad.jsonl").write_text('{"text": }\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:1:"):
+        go()
+    assert same(weights(out), before)
+    assert not (out / "previous").exists()
+
+
+def test_fewer_steps_than_a_checkpoint_has_are_said_and_measured(go):
+    with pytest.raises(Stop):
+        go(callbacks=[StopAt(step=4)])
+    out, watch = go("train.max_steps=3")
+    assert watch.said("asks for 3 steps and 4 are done")
+    assert not watch.said("laid out anew")
+    assert watch.said(f"{watch.evaluations[4]['eval_perplexity']:,.2f} after")
+    assert same(weights(out), load_file(out / "checkpoint-4" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["tokens", "previous", "notes.partial"])
+def test_a_folder_that_no_run_made_is_left_alone_whatever_it_holds(go, folder, name):
+    mine = folder / "mine" / name / "raw"
+    mine.mkdir(parents=True)
+    (mine / "a.txt").write_text("precious")
+    with pytest.raises(OutputError, match="so no run made it"):
+        go("output_dir=mine")
+    with pytest.raises(RecipeError, match=r"--set data\.path=.*: data\.path: .* lies in output_dir"):
+        go("output_dir=mine", f"data.path=mine/{name}/raw")
+    assert (mine / "a.txt").read_text() == "precious"
+
+
+def test_what_others_put_beside_the_token_stores_stays(go):
+    out, _ = go()
+    (out / "tokens" / "mine").mkdir()
+    (out / "tokens" / "mine" / "meta.json").write_text("{}")
+    (out / "tokens" / "mine" / "a.txt").write_text("precious")
+    go("data.path=docs/deep", "train.seed=3")
+    assert (out / "tokens" / "mine" / "a.txt").read_text() == "precious"
+
+
+def test_a_first_run_stopped_before_it_has_an_identity_is_begun_anew(go):
+    class Early:
+        @hookimpl
+        def run_started(self, plan):
+            (plan.output_dir / "my.log").write_text("begun")
+
+        @hookimpl
+        def phase_progress(self, phase):
+            raise Stop
+
+    with pytest.raises(Stop):
+        go(callbacks=[Early()])
+    out, watch = go()
+    assert watch.said("previous/1")
+    assert (out / "previous" / "1" / "my.log").exists()
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_broken_reader_is_told_where_auto_goes_without_it(go, folder):
+    @frozen(kw_only=True, eq=False)
+    class Sure:
+        """Answers with the wrong type."""
+
+        @hookimpl
+        def probe(self, source):
+            return source.name.endswith(".md")
+
+        @hookimpl
+        def read(self, source):
+            return iter([])
+
+    class Misspelt:
+        @hookimpl
+        def prob(self, source):
+            return Accept()
+
+    (folder / "docs" / "a.md").write_text("left out")
+    _, watch = go(readers={"sure": Sure, "misspelt": Misspelt})
+    assert watch.said("reader sure: its probe answered")
+    assert watch.said("reader misspelt: ")
+    assert watch.said("1 files of kind .md are left out")
