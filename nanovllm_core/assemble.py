@@ -55,16 +55,26 @@ def assemble(
     parallelized = strategy.parallelize(module=module, layout=plan.layout, mesh=None)
     dtype = torch.float32 if training else getattr(torch, plan.dtype)
     give = weight or (lambda name: models.weight(shape=shape, name=name, seed=seed))
-    fill(parallelized.module, lambda name: give(name).to(device, dtype))
+    fill(parallelized.module, lambda name: give(name).to(device, dtype), device)
     parallelized.module.train(training)
     return parallelized
 
 
-def fill(module: Module, weight: Callable[[str], Tensor]) -> None:
-    """Replace every meta parameter by `weight(name)`; a parameter that stands in several places stays one."""
+def fill(module: Module, weight: Callable[[str], Tensor], device: str) -> None:
+    """Replace every meta parameter by `weight(name)`; a parameter that stands in several places stays one.
+
+    Buffers hold what the module computed when it was built, and move to the device.
+    """
     assert isinstance(module, nn.Module)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for owner in module.modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is not None:
+                if buffer.is_meta:
+                    raise ModelError(
+                        f"buffer {key!r} of {type(owner).__name__} was left on meta by the model's `build`"
+                    )
+                owner._buffers[key] = buffer.to(device)
         for key, parameter in owner._parameters.items():
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((owner, key))

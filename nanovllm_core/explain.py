@@ -44,10 +44,13 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _choice(model.tokenizer, recipe)
     yield f"    vocabulary {model.vocabulary.value:,}: {model.vocabulary.why}"
     yield from _choice(model.model, recipe)
+    heads = f"{shape.heads} heads ({shape.kv_heads} key/value) of {shape.head_dim}, " if shape.heads else ""
     yield (
-        f"    {shape.family}: {shape.parameters:,} parameters, {shape.layers} layers, hidden {shape.hidden}, "
-        f"{shape.heads} heads ({shape.kv_heads} key/value) of {shape.head_dim}, embedding {'tied' if shape.tied else 'untied'}"
+        f"    {shape.family}: {shape.parameters:,} parameters, {shape.layers} layers, hidden {shape.hidden}, {heads}"
+        f"embedding {'tied' if shape.tied else 'untied'}"
     )
+    for what, why in shape.limits.items():
+        yield f"    no {what}: {why}"
     yield from _choice(model.parallel, recipe)
     yield f"    layout: data {model.layout.data} x shard {model.layout.shard} x tensor {model.layout.tensor}"
     yield f"compute       {model.dtype} (train.mixed_precision: {recipe.train.mixed_precision}), fp32 master weights"

@@ -112,7 +112,7 @@ class Models:
 
     @hookspec(firstresult=True)
     def build(self, shape: Shape, ops: Ops) -> Module:
-        """The module, made under `torch.device("meta")`: no weights, no buffers."""
+        """The module, its parameters on `torch.device("meta")`; a buffer, if there is any, holds its value."""
         raise NotImplementedError
 
     @hookspec(firstresult=True)

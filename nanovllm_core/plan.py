@@ -19,8 +19,10 @@ from nanovllm_core.contracts import (
     KernelRequest,
     Layout,
     ParallelRequest,
+    Refuse,
     Shape,
     Source,
+    Verdict,
 )
 from nanovllm_core.data.documents import Documents
 from nanovllm_core.data.sources import Sources
@@ -244,7 +246,9 @@ def plan_model(
         memory_available=machine.memory,
     )
     strategies, by = slots.candidates("parallel", [recipe.parallel])
-    parallel = choose("parallel", strategies, lambda p: _bound(Parallel, p).probe(request=request), by)
+    parallel = choose(
+        "parallel", strategies, lambda p: _within_limits(_bound(Parallel, p).probe(request=request), shape), by
+    )
     layout = parallel.accept.layout or Layout()
     kernels = {
         operation: _kernel(slots, operation, KernelRequest(
@@ -262,6 +266,14 @@ def plan_model(
         layout=layout,
         kernels=kernels,
     )
+
+
+def _within_limits(verdict: Verdict, shape: Shape) -> Verdict:
+    """A strategy need not know which models cannot be split."""
+    split = isinstance(verdict, Accept) and verdict.layout is not None and verdict.layout.tensor > 1
+    if split and "tensor" in shape.limits:
+        return Refuse(f"the model cannot be split over tensor-parallel ranks: {shape.limits['tensor']}")
+    return verdict
 
 
 def _kernel(slots: Slots, operation: str, request: KernelRequest) -> Choice:

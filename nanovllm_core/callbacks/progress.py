@@ -53,7 +53,7 @@ class Progress:
         shape = plan.model.shape
         self._say(
             f"{plan.model.model.entry.name} model: {shape.family}, {shape.parameters:,} parameters "
-            f"({shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads, vocabulary {shape.vocab_size:,}), "
+            f"({shape.layers} layers, hidden {shape.hidden}, vocabulary {shape.vocab_size:,}), "
             f"{plan.model.dtype} on {plan.machine.device}"
         )
         self._say(f"vocabulary {plan.model.vocabulary.value:,}: {plan.model.vocabulary.why}")

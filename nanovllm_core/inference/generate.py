@@ -2,19 +2,20 @@
 
 All prompts of a batch are read as packed sequences (no padding), then each step decodes one token for every sequence
 that is not finished; those that are leave at once, but a new prompt waits until the whole batch is done. That wait is
-the price of the loop being this short.
+the price of the loop being this short. Who keeps what a sequence needs to go on is the model's to say: keys and values
+here (`kv.RowCache`), the module itself, or nobody, and then each step reads every sequence again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
-from nanovllm_core.contracts import Batch, Module, Shape, Tokenizer
+from nanovllm_core.contracts import Batch, CachingModule, Module, Shape, Tokenizer
 from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.kv import RowCache
 from nanovllm_core.inference.sampling import SamplingParams, sample
@@ -132,26 +133,38 @@ class _Batch:
         dtype = getattr(torch, module.ops.dtype)
         needed = max(len(a.prompt) for a in answers) + 1
         limit = max(len(a.prompt) + a.room for a in answers)
-        self.kv = [RowCache(len(answers), needed, limit, shape, dtype, device) for _ in module.blocks]
+        self.cached = "cache" not in shape.limits
+        self.kv: Sequence[Any]
+        if not self.cached:
+            self.kv = ()
+        elif shape.own_cache:
+            self.kv = cast("CachingModule", module).new_cache(len(answers), device)
+        else:
+            self.kv = [RowCache(len(answers), needed, limit, shape, dtype, device) for _ in module.blocks]
 
     def run(self) -> None:
-        self.advance(torch.cat([self.prefill(first, last) for first, last in self.groups()]))
+        self.advance(self.read())
         while self.active:
-            self.advance(self.decode())
+            self.advance(self.decode() if self.cached else self.read())
+
+    def read(self) -> Tensor:
+        """Run each active sequence as a whole; the logits [B, V] after its last token."""
+        return torch.cat([self.prefill(first, last) for first, last in self.groups()])
 
     def groups(self) -> Iterator[tuple[int, int]]:
-        """Ranges of prompts that are read together."""
+        """Ranges of sequences that are read together."""
         first, tokens = 0, 0
         for i, answer in enumerate(self.active):
-            if i > first and tokens + len(answer.prompt) > PREFILL:
+            size = len(answer.prompt) + len(answer.ids)
+            if i > first and tokens + size > PREFILL:
                 yield first, i
                 first, tokens = i, 0
-            tokens += len(answer.prompt)
+            tokens += size
         yield first, len(self.active)
 
     def prefill(self, first: int, last: int) -> Tensor:
-        """Read whole prompts, packed; the logits [n, V] after the last token of each."""
-        prompts = [a.prompt for a in self.active[first:last]]
+        """Read whole sequences, packed; the logits [n, V] after the last token of each."""
+        prompts = [[*a.prompt, *a.ids] for a in self.active[first:last]]
         lengths = torch.tensor([len(p) for p in prompts])
         ends = lengths.cumsum(0)
         batch = Batch(
@@ -161,7 +174,8 @@ class _Batch:
             select=(ends - 1).to(self.device),
             slots=torch.arange(first, last).repeat_interleave(lengths).to(self.device),
         )
-        return self.module(torch.tensor([i for p in prompts for i in p], device=self.device), batch, kv=self.kv)
+        tokens = torch.tensor([i for p in prompts for i in p], device=self.device)
+        return self.module(tokens, batch, kv=self.kv if self.cached else None)
 
     def decode(self) -> Tensor:
         """One more token for each active sequence; the logits [B, V] after it."""

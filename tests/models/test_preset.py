@@ -12,7 +12,7 @@ import pytest
 import torch
 from nanovllm_models.preset import SIZES, Preset
 
-from nanovllm_core.contracts import OPERATIONS, Accept, Batch, Module, Ops
+from nanovllm_core.contracts import Accept, Batch, Module, Ops
 from nanovllm_core.errors import ModelError
 
 Build = Callable[..., Module]
@@ -26,7 +26,8 @@ def test_the_count_is_true(size: str, family: str, tied: bool) -> None:
     shape = model.shape(8192)
     assert (shape.hidden, shape.layers, shape.heads) == SIZES[size]
     assert (shape.kv_heads, shape.head_dim, shape.intermediate) == (shape.heads // 2, 64, 3 * shape.hidden)
-    assert shape.operations == OPERATIONS
+    assert {"attention", "linear_cross_entropy"} < set(shape.operations)
+    assert "gelu" not in shape.operations
     module = model.build(shape, Ops(dtype="float32"))
     parameters = dict(module.named_parameters())
     assert all(p.is_meta for p in parameters.values())

@@ -43,8 +43,10 @@ class Torch:
             "embedding": partial(torch_ops.embedding, dtype=getattr(torch, request.dtype)),
             "linear": torch_ops.linear,
             "rms_norm": torch_ops.rms_norm,
+            "layer_norm": torch_ops.layer_norm,
             "rotary": torch_ops.rotary,
             "swiglu": torch_ops.swiglu,
+            "gelu": torch_ops.gelu,
             "attention": torch_attention.attention,
             "linear_cross_entropy": torch_loss.linear_cross_entropy,
         }

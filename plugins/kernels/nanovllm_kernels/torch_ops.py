@@ -1,4 +1,4 @@
-"""The small operations: embedding, linear, rms_norm, rotary, swiglu.
+"""The small operations: embedding, linear, rms_norm, layer_norm, rotary, swiglu, gelu.
 
 On a CPU a small model's step is bound by passes over memory next to its matmuls, so norm, rotation and SwiGLU have
 hand-made backwards: they keep their inputs only, recompute what is cheap and work in place on what they own. That is
@@ -39,6 +39,12 @@ def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x, weight_C, eps)
 
 
+def layer_norm(x: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+    """(x - mean) * rsqrt(variance + eps) * weight + bias over the last axis (Ba et al., 2016)."""
+    high = wide(x.dtype)
+    return F.layer_norm(x.to(high), weight_C.shape, weight_C.to(high), bias_C.to(high), eps).to(x.dtype)
+
+
 def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:
     """q and k rotated by halves (Su et al., 2021): (a, b) -> (a cos - b sin, b cos + a sin)."""
     return _Rotary.apply(q_TNH, cos_TH, sin_TH), _Rotary.apply(k_TKH, cos_TH, sin_TH)
@@ -47,6 +53,11 @@ def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tupl
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer, 2020)."""
     return _SwiGLU.apply(gate, up)
+
+
+def gelu(x: Tensor, tanh: bool) -> Tensor:
+    """x * Phi(x), or its approximation by tanh (Hendrycks and Gimpel, 2016)."""
+    return F.gelu(x, approximate="tanh" if tanh else "none")
 
 
 class _RmsNorm(torch.autograd.Function):

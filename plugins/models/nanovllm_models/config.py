@@ -44,6 +44,9 @@ class TransformerConfig:
         return self.family == "qwen3"
 
 
+OPERATIONS = ("embedding", "linear", "rms_norm", "rotary", "swiglu", "attention", "linear_cross_entropy")
+
+
 def parameter_shapes(c: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape of every parameter; tied weights stand once, as the embedding."""
     query, cache, mlp = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.intermediate

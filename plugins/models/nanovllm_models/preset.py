@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 from attrs.validators import ge, in_, instance_of, optional
 
-from nanovllm_core.contracts import OPERATIONS, Accept, Module, Ops, Shape, Verdict
+from nanovllm_core.contracts import Accept, Module, Ops, Shape, Verdict
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hookspecs import hookimpl
-from nanovllm_models.config import Rope, TransformerConfig, parameter_count, parameter_shapes
+from nanovllm_models.config import OPERATIONS, Rope, TransformerConfig, parameter_count, parameter_shapes
 from nanovllm_models.families import to_huggingface
 
 if TYPE_CHECKING:

@@ -1,0 +1,26 @@
+"""What crosses between parts: documents, tokenizers, shapes, operations, modules, layouts. attrs only, no heavy import."""
+
+from nanovllm_core.contracts.choices import Accept, Decision, Refuse, Verdict
+from nanovllm_core.contracts.documents import Document, ModelRef, Record, Segment, Source, Tokenizer
+from nanovllm_core.contracts.models import (
+    IGNORE,
+    KV,
+    LIMITS,
+    OPERATIONS,
+    Batch,
+    CachingModule,
+    KernelRequest,
+    MicroBatch,
+    Module,
+    Ops,
+    RowState,
+    Shape,
+    Step,
+)
+from nanovllm_core.contracts.parallel import Layout, Parallelized, ParallelRequest
+
+__all__ = [
+    "IGNORE", "KV", "LIMITS", "OPERATIONS", "Accept", "Batch", "CachingModule", "Decision", "Document", "KernelRequest",
+    "Layout", "MicroBatch", "ModelRef", "Module", "Ops", "ParallelRequest", "Parallelized", "Record", "Refuse",
+    "RowState", "Segment", "Shape", "Source", "Step", "Tokenizer", "Verdict",
+]  # fmt: skip

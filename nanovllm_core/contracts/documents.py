@@ -1,0 +1,91 @@
+"""From a source to token ids: sources, records, documents, tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NewType, Protocol
+
+from attrs import frozen
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ModelRef = NewType("ModelRef", str)
+"""An option that names a model: a folder (relative ones count from the recipe's folder) or a hub name."""
+
+
+@frozen
+class Source:
+    """One thing a reader may open: a file, or (`exists` false) a string in `data.path` that is no file."""
+
+    path: str  # absolute for files; verbatim otherwise
+    name: str  # relative to data.path, with forward slashes: what metadata and messages show
+    size: int = 0  # bytes
+    exists: bool = True
+
+
+@frozen
+class Record:
+    """One value as it stood in a source: a string or any JSON value."""
+
+    value: Any
+    source: str  # Source.name
+    line: int | None = None  # 1-based, for line formats
+    index: int = 0  # 0-based within the source
+    byte: int = 0  # where it begins in the source
+
+    @property
+    def place(self) -> str:
+        """`file:line` or `file[index]`, for messages."""
+        return f"{self.source}:{self.line}" if self.line is not None else f"{self.source}[{self.index}]"
+
+
+@frozen
+class Segment:
+    """A stretch of text. Untrained text is context only. A `role` lets a chat template frame it."""
+
+    text: str
+    trained: bool = True
+    role: str | None = None  # "user" | "assistant" | "system"
+
+
+@frozen
+class Document:
+    """What is trained on: segments in order, and where they came from."""
+
+    segments: tuple[Segment, ...]
+    source: str
+    index: int = 0
+
+    @property
+    def text(self) -> str:
+        """All segments joined by newlines."""
+        return "\n".join(s.text for s in self.segments)
+
+
+class Tokenizer(Protocol):
+    """A ready tokenizer. Text of a document never becomes a special token; only `markup=True` text may."""
+
+    vocab_size: int  # ids are in [0, vocab_size)
+    prefix_ids: tuple[int, ...]  # opens every document and prompt (usually a begin token, or nothing)
+    end_id: int  # closes every document
+    stop_ids: tuple[int, ...]  # generation stops at any of these; holds end_id
+    fingerprint: str  # changes whenever the same text could give other ids
+    has_chat_template: bool
+    special_texts: tuple[str, ...]  # what `markup=True` reads as special tokens, e.g. "<|im_end|>"
+
+    def encode(self, texts: Sequence[str], *, markup: bool = False) -> list[list[int]]:
+        """Ids of each text, without prefix or end. `markup` reads special tokens written in the text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens are left out, incomplete UTF-8 becomes U+FFFD."""
+        ...
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, answer_next: bool) -> str:
+        """The chat template applied: markup text. `answer_next` ends where the assistant would begin."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `transformers.AutoTokenizer` opens."""
+        ...

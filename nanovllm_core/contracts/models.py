@@ -1,0 +1,191 @@
+"""A model as everyone else sees it: its outline, its batches, the operations that it calls, its module.
+
+Shape legend, used in every module that holds tensors:
+    T tokens of a packed batch   D documents in it    B sequences being generated   S positions of a cache row
+    N query heads                K key/value heads    H size of one head            C hidden size    V vocabulary rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from attrs import field, frozen
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+IGNORE = -100  # a target that is not trained
+OPERATIONS = (
+    "embedding", "linear", "rms_norm", "layer_norm", "rotary", "swiglu", "gelu", "attention", "linear_cross_entropy",
+)  # fmt: skip
+LIMITS = ("packing", "cache", "tensor")  # what a model may be unable to do
+
+
+@frozen(kw_only=True)
+class Shape:
+    """A model's outline: enough to plan memory, kernels and parallel layout without building it."""
+
+    family: str
+    vocab_size: int
+    layers: int
+    hidden: int
+    heads: int = 0  # 0 here and below: the model has none
+    kv_heads: int = 0
+    head_dim: int = 0
+    intermediate: int = 0
+    tied: bool
+    max_positions: int
+    parameters: int
+    operations: tuple[str, ...]  # of OPERATIONS, those that the model calls; the rest it does by itself
+    dtype: str = "float32"  # of the weights it starts from; the exported folder keeps it
+    window: int | None = None  # some block's attention looks back at most this many tokens, the token itself included
+    own_cache: bool = (
+        False  # the module keeps what generation needs by itself (`CachingModule`), not as keys and values
+    )
+    limits: Mapping[str, str] = field(factory=dict, hash=False)  # of LIMITS, what it cannot do -> why
+    """packing: documents of a batch run apart, as padded rows. cache: each new token runs its whole sequence again.
+    tensor: tensor parallelism is refused."""
+
+    @limits.validator
+    def _known(self, attribute: object, value: Mapping[str, str]) -> None:
+        if unknown := sorted(set(value) - set(LIMITS)):
+            raise ValueError(f"limits: got {unknown[0]!r}, allowed: {', '.join(LIMITS)}")
+
+
+@frozen(kw_only=True)
+class KernelRequest:
+    """Which implementation is wanted: of what operation, where, in what compute dtype."""
+
+    operation: str
+    device: str  # "cpu" | "cuda"
+    dtype: str  # "float32" | "bfloat16"
+    shape: Shape
+    training: bool = True
+    tensor: int = 1  # tensor-parallel degree
+
+
+class RowState(Protocol):
+    """What one block keeps of each sequence during generation, a row a sequence."""
+
+    def move(self, source: int, target: int) -> None:
+        """Let the sequence of row `source` go on in row `target`."""
+        ...
+
+
+class KV(Protocol):
+    """The keys and values of one block during generation."""
+
+    def update(self, k_TKH: Tensor, v_TKH: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Store the new tokens. None after a prefill; else all keys and values so far, [B, S, K, H]."""
+        ...
+
+
+@frozen(kw_only=True, eq=False)
+class Batch:
+    """Whole documents (or windows of them) laid end to end: attention never crosses their borders."""
+
+    positions: Tensor  # [T] int64, restarting at each document
+    lengths: tuple[int, ...]  # of the D documents, on the host; sums to T
+    cu_seqlens: Tensor  # [D + 1] int32, running sum of lengths, on the device
+    select: Tensor | None = None  # [n] int64: positions whose logits are wanted; None: all
+    slots: Tensor | None = None  # [T] int64: cache row of each token, in generation
+    context: int = 0  # decoding: longest sequence so far, this token included; 0: prefill or training
+
+
+@frozen(kw_only=True, eq=False)
+class MicroBatch:
+    """What one forward and backward see."""
+
+    tokens: Tensor  # [T] int64
+    targets: Tensor  # [T] int64, the next token, or IGNORE
+    batch: Batch
+    trained: int  # targets that are not IGNORE
+
+
+@frozen(kw_only=True, eq=False)
+class Step:
+    """One rank's part of an optimizer step. The position in a run is one number: sequences consumed by all ranks."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    trained: int  # targets of the whole step, over all ranks: what its loss is divided by
+    tokens: int  # of the whole step, over all ranks
+    next_position: int
+    epoch: float  # how many times the data has been seen after this step
+
+
+def _absent(operation: str) -> Callable[..., NoReturn]:
+    def call(*args: object, **kwargs: object) -> NoReturn:
+        raise RuntimeError(f"the model calls {operation!r} but its Shape.operations does not list it")
+
+    return call
+
+
+def _operation(name: str) -> Any:
+    return field(factory=lambda: _absent(name))
+
+
+@frozen(kw_only=True, eq=False)
+class Ops:
+    """The chosen kernels: plain callables on local tensors, one object shared by all blocks.
+
+    embedding(ids_T, weight_VC) -> x_TC in the compute dtype
+    linear(x, weight_OI, bias_O | None) -> x @ weight.T + bias in x's dtype
+    rms_norm(x_..C, weight_C, eps) -> x * rsqrt(mean(x^2) + eps) * weight, statistics in fp32
+    layer_norm(x_..C, weight_C, bias_C, eps) -> (x - mean) * rsqrt(variance + eps) * weight + bias, statistics in fp32
+    rotary(q_TNH, k_TKH, cos_TH, sin_TH) -> (q, k) rotated by halves; cos and sin in fp32
+    swiglu(gate, up) -> silu(gate) * up
+    gelu(x, tanh) -> x * Phi(x), or where `tanh` its approximation by tanh
+    attention(q_TNH, k_TKH, v_TKH, batch, kv=None, window=None) -> o_TNH, causal within each document, scale H**-0.5;
+        with `window`, a token sees itself and the window - 1 tokens before it
+    linear_cross_entropy(x_TC, weight_VC, targets_T) -> sum of -log softmax(x @ weight.T)[target] in fp32, IGNORE left out
+    """
+
+    dtype: str  # compute dtype
+    embedding: Callable[..., Tensor] = _operation("embedding")
+    linear: Callable[..., Tensor] = _operation("linear")
+    rms_norm: Callable[..., Tensor] = _operation("rms_norm")
+    layer_norm: Callable[..., Tensor] = _operation("layer_norm")
+    rotary: Callable[..., tuple[Tensor, Tensor]] = _operation("rotary")
+    swiglu: Callable[..., Tensor] = _operation("swiglu")
+    gelu: Callable[..., Tensor] = _operation("gelu")
+    attention: Callable[..., Tensor] = _operation("attention")
+    linear_cross_entropy: Callable[..., Tensor] = _operation("linear_cross_entropy")
+
+
+class Module(Protocol):
+    """A language model as trainer, strategies and engine see it: also a `torch.nn.Module`.
+
+    Parameter names are the Hugging Face names. Tied means one Parameter, named as the embedding.
+    """
+
+    ops: Ops
+    blocks: Sequence[torch.nn.Module]  # sharded, compiled, checkpointed one by one
+    roles: Mapping[str, str]  # parameter-name pattern (fnmatch) -> "column" | "row" | "vocab"
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        batch: Batch,
+        kv: Sequence[KV] | Sequence[RowState] | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """tokens [T] int64. With targets [T]: the summed loss, fp32 scalar. Else logits [n, V] of `batch.select`."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+class CachingModule(Module, Protocol):
+    """A module whose Shape says `own_cache`: recurrent states, the last inputs of a convolution, ..."""
+
+    def new_cache(self, rows: int, device: str) -> Sequence[RowState]:
+        """Empty state for `rows` sequences, one object a block, handed back as `kv`.
+
+        `batch.slots` names each token's row. `batch.context == 0`: whole sequences, state is written for their last
+        token. Else one token a sequence, rows 0 to B - 1 in order: state is read and written.
+        """
+        ...

@@ -1,0 +1,58 @@
+"""How one model is spread over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from attrs import frozen
+
+from nanovllm_core.contracts.models import Module, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@frozen
+class Layout:
+    """How ranks are spread: replicas x shards x tensor slices."""
+
+    data: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+
+@frozen(kw_only=True)
+class ParallelRequest:
+    """What a strategy is asked to run."""
+
+    world_size: int
+    device: str
+    shape: Shape
+    memory_needed: int  # bytes on one device, were nothing sharded
+    memory_available: int  # bytes on one device; 0 when unknown
+
+
+class Parallelized(Protocol):
+    """A module as a strategy runs it. After the last micro-batch gradients are the sum over data ranks."""
+
+    module: Module
+    data_rank: int
+    data_size: int
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; communication may wait for the last."""
+        ...
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over data ranks."""
+        ...
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale gradients to at most this global L2 norm (0: never); the norm before scaling."""
+        ...
+
+    def full_state(self) -> Iterable[tuple[str, Tensor]]:
+        """Every parameter in full, one at a time, by its Hugging Face name."""
+        ...
