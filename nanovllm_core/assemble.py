@@ -55,7 +55,8 @@ def assemble(
     parallelized = strategy.parallelize(module=module, layout=plan.layout, mesh=None)
     dtype = torch.float32 if training else getattr(torch, plan.dtype)
     give = weight or (lambda name: models.weight(shape=shape, name=name, seed=seed))
-    fill(parallelized.module, lambda name: give(name).to(device, dtype), device)
+    # A copy: what a component gives may be a view of the file or of its own cache, and training writes in place.
+    fill(parallelized.module, lambda name: give(name).to(device, dtype, copy=True), device)
     parallelized.module.train(training)
     return parallelized
 

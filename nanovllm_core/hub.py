@@ -19,6 +19,11 @@ TOKENIZER_FILES = ("*token*.json", "generation_config.json", "vocab.*", "merges.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def is_gguf(name: str) -> bool:
+    """Whether `name` is a GGUF file: one file that holds configuration, weights and tokenizer."""
+    return name.lower().endswith(".gguf") and Path(name).expanduser().is_file()
+
+
 def resolve(name: str, *, weights: bool = True) -> Path:
     """The folder of a model: `name` is a folder, or a hub name such as `Qwen/Qwen3-0.6B`.
 
@@ -31,7 +36,9 @@ def resolve(name: str, *, weights: bool = True) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise ModelError(f"{name}: is a file; a model is named by its folder (with config.json) or its hub name")
+        raise ModelError(
+            f"{name}: is a file; a model is named by its folder (with config.json), a .gguf file or its hub name"
+        )
     if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ModelError(f"{name}: no such folder")
     from huggingface_hub import snapshot_download

@@ -147,6 +147,7 @@ class _Job:
                 f"reaches {train.learning_rate}"
             )
         trainer = Trainer(model, data, settings, self.events, self.corpus.evaluation)
+        checkpoint.seed_random_state(train.seed)  # dropout draws from it, where a model has any
         if found:
             path, state = found
             checkpoint.load_optimizer(path, trainer.optimizer, model.module.named_parameters())

@@ -269,4 +269,4 @@ def _said(e: Exception) -> str:
 
 def _model_ref(value: str, base: Path | None) -> ModelRef:
     folder = (base or Path()) / Path(value).expanduser()
-    return ModelRef(str(folder.resolve()) if value and folder.is_dir() else value)
+    return ModelRef(str(folder.resolve()) if value and folder.exists() else value)

@@ -73,6 +73,11 @@ def _moments(
             yield f"{key}:{name}", value.detach().cpu().contiguous()
 
 
+def seed_random_state(seed: int) -> None:
+    """Begin torch's random state, on every device."""
+    torch.manual_seed(seed)
+
+
 def random_state() -> str:
     """torch's CPU random state as text."""
     return base64.b64encode(bytes(torch.get_rng_state().tolist())).decode("ascii")

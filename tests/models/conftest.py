@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from nanovllm_kernels.torch import Torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nanovllm_core.assemble import fill
 from nanovllm_core.contracts import Batch, KernelRequest, Module, Ops, Shape
 
 
@@ -32,13 +33,8 @@ def build() -> Callable[..., Module]:
         }
         ops = Ops(dtype=dtype, **{name: Torch().load(request) for name, request in requests.items()})
         module = model.build(shape, ops)
-        for name, parameter in list(module.named_parameters()):
-            assert parameter.is_meta
-            weight: Tensor = model.weight(shape, name, seed)
-            assert weight.shape == parameter.shape
-            owner, _, last = name.rpartition(".")
-            setattr(module.get_submodule(owner), last, nn.Parameter(weight.float()))
-        assert not list(module.buffers())
+        assert all(parameter.is_meta for _, parameter in module.named_parameters())
+        fill(module, lambda name: model.weight(shape, name, seed).float(), "cpu")
         return module
 
     return make

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -12,10 +10,9 @@ from attrs import frozen
 from nanovllm_core.contracts import Accept, ModelRef, Module, Ops, Refuse, Shape, Verdict
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hookspecs import hookimpl
-from nanovllm_core.hub import INDEX, SINGLE, resolve
-from nanovllm_core.weights import CONFIG, ModelFolder, read_config
 from nanovllm_models.config import TransformerConfig, parameter_shapes
 from nanovllm_models.families import from_huggingface
+from nanovllm_models.opening import Opened, config_of, open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +22,10 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @frozen(kw_only=True, eq=False)
 class Pretrained:
-    """A pretrained model of the Llama or Qwen3 family, from a folder or the Hugging Face hub.
+    """A pretrained model of the Llama or Qwen3 family, from a folder, a .gguf file or the Hugging Face hub.
 
-    path: the model's folder (relative ones count from the recipe's folder) or its hub name, such as Qwen/Qwen3-0.6B
+    path: the model's folder or .gguf file (relative ones count from the recipe's folder), or its hub name, such as
+      Qwen/Qwen3-0.6B
     """
 
     path: ModelRef
@@ -35,7 +33,7 @@ class Pretrained:
     @hookimpl
     def probe(self) -> Verdict:
         try:
-            c = self._config(read_config(resolve(self.path, weights=False)))
+            c = self._config(config_of(self.path))
         except ModelError as e:
             return Refuse(str(e))
         return Accept(0, f"{c.family} on the native transformer")
@@ -91,9 +89,8 @@ class Pretrained:
     def config(self, shape: Shape) -> dict[str, Any]:
         return dict(self._folder().config)
 
-    def _folder(self) -> ModelFolder:
-        path = resolve(self.path)
-        return _opened(path, tuple(_stamp(path / name) for name in (CONFIG, SINGLE, INDEX)))
+    def _folder(self) -> Opened:
+        return open_model(self.path)
 
     def _config(self, config: Mapping[str, Any]) -> TransformerConfig:
         try:
@@ -101,7 +98,7 @@ class Pretrained:
         except ModelError as e:
             raise ModelError(f"{self.path}: {e}") from None
 
-    def _compare(self, folder: ModelFolder, c: TransformerConfig) -> None:
+    def _compare(self, folder: Opened, c: TransformerConfig) -> None:
         expected, held = parameter_shapes(c), set(folder.names())
         missing = [name for name in expected if name not in held]
         known = {*expected, HEAD} if c.tied else set(expected)
@@ -115,7 +112,7 @@ class Pretrained:
             if folder.shape(name) != wanted:
                 raise self._misshapen(folder, name, wanted)
 
-    def _misshapen(self, folder: ModelFolder, name: str, wanted: tuple[int, ...]) -> ModelError:
+    def _misshapen(self, folder: Opened, name: str, wanted: tuple[int, ...]) -> ModelError:
         return ModelError(
             f"{self.path}: {name} is stored as {list(folder.shape(name))}, config.json says {list(wanted)}"
         )
@@ -124,17 +121,3 @@ class Pretrained:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (", ".join(names[:3]) or "none") + more
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    """Changes when the file does."""
-    try:
-        stat = file.stat()
-    except OSError:
-        return (0, 0)
-    return (stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=4)  # weights are asked for one by one; headers are read once
-def _opened(path: Path, stamps: tuple[tuple[int, int], ...]) -> ModelFolder:
-    return ModelFolder.open(path)

@@ -23,7 +23,7 @@ PROBES = ("a", "Hello world")
 class Hf:
     """The tokenizer of an existing model, by folder or hub name.
 
-    path: folder with tokenizer.json, or hub name such as Qwen/Qwen3-0.6B
+    path: folder with tokenizer.json, .gguf file, or hub name such as Qwen/Qwen3-0.6B
     """
 
     path: ModelRef
@@ -41,22 +41,24 @@ class Hf:
 
 
 def load(path: str) -> HfTokenizer:
-    """The tokenizer of a folder or hub name; opened once as long as its files stay the same. Raises ModelError."""
-    folder = hub.resolve(path, weights=False)
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt"))
-    return _load(folder, tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in files))
+    """The tokenizer of a folder, GGUF file or hub name; opened once while its files stay the same. Raises ModelError."""
+    gguf = Path(path).expanduser() if hub.is_gguf(path) else None
+    folder = gguf.parent if gguf else hub.resolve(path, weights=False)
+    files = [gguf] if gguf else sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt"))
+    return _load(folder, gguf, tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in files))
 
 
 @lru_cache(maxsize=2)
-def _load(folder: Path, state: object) -> HfTokenizer:
+def _load(folder: Path, gguf: Path | None, state: object) -> HfTokenizer:
     from transformers import AutoTokenizer
 
+    given, more = (gguf, {"gguf_file": gguf.name}) if gguf else (folder, {})
     try:
-        opened = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        opened = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **more)
     except Exception as e:  # the Rust parser raises bare Exception
         lines = str(e).strip().splitlines() or [type(e).__name__]
-        raise ModelError(f"{folder}: no tokenizer that transformers can open there ({lines[0]})") from e
-    return HfTokenizer(opened, folder)
+        raise ModelError(f"{given}: no tokenizer that transformers can open there ({lines[0]})") from e
+    return HfTokenizer(opened, given)
 
 
 class HfTokenizer(FastTokenizer):
