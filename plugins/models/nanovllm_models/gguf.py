@@ -6,9 +6,10 @@ folder, not as GGUF. The price is memory: a file of 4-bit weights takes eight ti
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,15 @@ NEEDED = ("gguf", "accelerate")
 class GgufModel:
     """The tensors of a GGUF file, with the interface of `nanovllm_core.weights.ModelFolder`."""
 
-    def __init__(self, path: Path) -> None:
-        from transformers import AutoModelForCausalLM
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        import transformers
 
-        self.path, self.config, self.dtype = path, read_gguf_config(path), _dtype(path)
+        plain = getattr(transformers, "GgufConfig", None)  # older versions always dequantise
+        more = {} if plain is None else {"quantization_config": plain(dequantize=True)}
+        self.path, self.config, self.dtype = path, dict(config), _dtype(path)
         with _opening(path):
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=self.dtype, local_files_only=True
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, dtype=self.dtype, local_files_only=True, **more
             )
         self.config["architectures"] = [type(model).__name__]
         self._tensors: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
@@ -75,16 +78,13 @@ def _dtype(path: Path) -> str:
 
 @contextmanager
 def _opening(path: Path) -> Iterator[None]:
-    """transformers and gguf raise many kinds of error at a file that is cut short, or of an unknown architecture."""
-    from transformers.utils import logging
+    """transformers and gguf raise many kinds of error at a file that is cut short, or of an unknown architecture.
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    They also draw progress bars of their own, which go nowhere.
+    """
     try:
-        yield
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+            yield
     except Exception as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise ModelError(f"{path}: transformers cannot open this GGUF file ({lines[0]})") from e
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -16,7 +16,8 @@ Opened = ModelFolder | GgufModel
 def config_of(path: str) -> dict[str, Any]:
     """The model's configuration; its weights are not asked for. Raises ModelError."""
     if is_gguf(path):
-        return read_gguf_config(Path(path).expanduser())
+        file = Path(path).expanduser()
+        return dict(_gguf_config(file, _stamp(file)))
     return read_config(resolve(path, weights=False))
 
 
@@ -45,4 +46,9 @@ def _folder(folder: Path, stamps: tuple[tuple[int, int], ...]) -> ModelFolder:
 
 @lru_cache(maxsize=1)  # the whole model is in memory
 def _gguf(file: Path, stamp: tuple[int, int]) -> GgufModel:
-    return GgufModel(file)
+    return GgufModel(file, _gguf_config(file, stamp))
+
+
+@lru_cache(maxsize=4)  # reading the vocabulary beside it takes seconds
+def _gguf_config(file: Path, stamp: tuple[int, int]) -> dict[str, Any]:
+    return read_gguf_config(file)
