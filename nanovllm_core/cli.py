@@ -6,6 +6,7 @@ Thin: parse, call the core, print. A user's mistake is one message on standard e
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model may write what a terminal's encoding cannot
     parser = _parser()
     args = parser.parse_args(argv)
     if args.version:
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except KeyboardInterrupt:
-        print("nanovllm: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("nanovllm: interrupted", file=sys.stderr)
         return 130
 
 
@@ -171,7 +175,13 @@ def _run(args: argparse.Namespace) -> int:
     plan = _make_plan(args)
     from nanovllm_core.runner import run
 
-    run(plan)
+    try:
+        run(plan)
+    except KeyboardInterrupt:
+        saved = sorted((int(p.name.partition("-")[2]) for p in plan.output_dir.glob("checkpoint-[0-9]*")), reverse=True)
+        then = f"goes on from checkpoint-{saved[0]}" if saved else "begins anew: no checkpoint was saved yet"
+        print(f"nanovllm: interrupted; the same command {then}", file=sys.stderr)
+        return 130
     return 0
 
 

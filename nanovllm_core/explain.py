@@ -27,7 +27,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     shape, documents = model.shape, plan.data.documents
     sources = documents.all
     yield f"machine       {machine.device} ({machine.device_name}), {_gb(machine.memory)} free"
-    yield f"output        {plan.output_dir}"
+    yield f"output        {plan.output_dir} ({recipe.text.places.get(('output_dir',)) or 'default'})"
     yield f"documents     {sources.path}: {documents.files} files, {documents.bytes:,} bytes"
     yield "              " + ", ".join(f"{n} {suffix or NO_SUFFIX}" for suffix, n in sorted(sources.suffixes.items()))
     for text in plan.data.left_out:
@@ -63,6 +63,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield "memory        estimated for training, on one device"
     for name, value in (*attrs.asdict(plan.memory).items(), ("total", plan.memory.total)):
         yield f"    {name:<12}{_gb(value):>10}"
+    if plan.tight:
+        yield f"    {plan.tight}"
+    yield "generate"
+    yield from _settings("generate", recipe, recipe.generate)
     yield "callbacks"
     for c in plan.callbacks:
         yield from _candidate(c, recipe)

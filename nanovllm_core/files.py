@@ -10,7 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nanovllm_core.errors import OutputError
+
 MANIFEST = "manifest.json"
+LOCK = "plan.lock.json"  # what tells a run's output folder from others
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """What the system or safetensors says when something cannot be written, as an OutputError that names the place."""
+    try:
+        yield
+    except Exception as e:
+        if not isinstance(e, OSError) and type(e).__name__ != "SafetensorError":
+            raise
+        reason = getattr(e, "strerror", None) or e
+        raise OutputError(f"{place}: cannot be written ({reason}); what was saved before is untouched") from e
 
 
 @contextmanager
@@ -27,6 +42,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         files = sorted(p for p in partial.rglob("*") if p.is_file())
+        (partial / MANIFEST).touch()
+        for p in files:
+            share(p, partial / MANIFEST)
         manifest = {p.relative_to(partial).as_posix(): {"size": p.stat().st_size, "sha256": digest(p)} for p in files}
         for p in files:
             sync(p)
@@ -82,6 +100,11 @@ def digest(path: Path) -> str:
     """sha256 of a file, hexadecimal."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def share(path: Path, like: Path) -> None:
+    """Let whoever may read `like`, an ordinary new file, read `path` too: safetensors writes for its owner alone."""
+    path.chmod(like.stat().st_mode & 0o777)
 
 
 def sync(path: Path) -> None:

@@ -75,6 +75,11 @@ class LLM:
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         wanted: list[Any] = [prompts] if single else list(prompts)
+        for i, prompt in enumerate(wanted):
+            if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence):
+                raise GenerationError(
+                    f"prompt {i}: got {type(prompt).__name__}, allowed: a text, or a list of token ids"
+                )
         given = sampling_params if sampling_params is not None else SamplingParams()
         params = [given] * len(wanted) if isinstance(given, SamplingParams) else list(given)
         if len(params) != len(wanted):

@@ -68,7 +68,7 @@ def choose(slot: str, candidates: Sequence[Candidate], probe: Callable[[Any], ob
     """The accepting candidate of highest priority.
 
     Raises RefusedError when none accepts (a named component that refuses is an error, never a fallback; where the
-    options fit just one candidate, its reason stands alone) and AmbiguousComponent when two tie.
+    options fit some candidates, only their reasons are given) and AmbiguousComponent when two tie.
     """
     accepted: list[tuple[Accept, Candidate]] = []
     refused: list[tuple[str, str]] = []
@@ -83,8 +83,7 @@ def choose(slot: str, candidates: Sequence[Candidate], probe: Callable[[Any], ob
         if len(meant) == 1:
             raise RefusedError(f"{slot}: {meant[0][0]} refuses: {meant[0][1]}")
         reasons = (
-            "".join(f"\n  {name}: {why}" for name, why in refused)
-            or " (none is installed, or --without leaves them out)"
+            "".join(f"\n  {name}: {why}" for name, why in meant) or " (none is installed, or --without leaves them out)"
         )
         raise RefusedError(f"{slot}: no component accepts:{reasons}")
     accepted.sort(key=lambda pair: -pair[0].priority)

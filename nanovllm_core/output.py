@@ -17,11 +17,11 @@ from typing import Any
 from attrs import frozen
 
 from nanovllm_core.errors import OutputError
-from nanovllm_core.files import sync
+from nanovllm_core.files import LOCK, sync, writing
 from nanovllm_core.plan import PREVIOUS
 from nanovllm_core.training.checkpoint import State, newest
 
-LOCK, FINISHED = "plan.lock.json", "finished.json"
+FINISHED = "finished.json"
 TOKENS, BUSY = "tokens", ".busy.lock"
 BEGUN = ""  # the identity of a run that has not read its documents yet
 KEPT = (PREVIOUS, TOKENS, BUSY)  # whatever run comes
@@ -70,14 +70,19 @@ def claimed(folder: Path) -> Iterator[Claim]:
         lock.release()
 
 
-def settle(claim: Claim, identity: str, tell: Callable[[str], None]) -> tuple[Path, State] | None:
-    """Make the folder this run's: the checkpoint to go on from, or None to begin."""
-    folder = claim.folder
+def settle(
+    claim: Claim, identity: str, length: dict[str, Any], tell: Callable[[str], None]
+) -> tuple[Path, State] | None:
+    """Make the folder this run's: the checkpoint to go on from, or None to begin, or when `length` is reached."""
+    folder, why = claim.folder, "another data, tokenizer, model or training than the last time"
     moving = next((p for p in folder.glob(f"{PREVIOUS}/*.moving")), None)
     if moving is None:
         if claim.owner == identity:
-            return newest(folder, tell)
-        if not any(p.name != LOCK for p in claim.entries):
+            found, done = newest(folder, tell), finished(folder)
+            if found or (done and done[1] == length) or not _holds_work(claim.entries):
+                return found
+            why = "no sound checkpoint to go on from, so the run begins anew"
+        elif not any(p.name != LOCK for p in claim.entries):
             return None
         number = 1 + max((int(p.name) for p in folder.glob(f"{PREVIOUS}/*") if p.name.isdigit()), default=0)
         moving = folder / PREVIOUS / f"{number}.moving"  # found again, and finished, after a kill half-way
@@ -87,8 +92,13 @@ def settle(claim: Claim, identity: str, tell: Callable[[str], None]) -> tuple[Pa
         os.replace(path, moving / path.name)
     old = moving.with_suffix("")
     os.replace(moving, old)
-    tell(f"another data, tokenizer, model or training than the last time: the old contents of {folder} are in {old}")
+    tell(f"{why}: the old contents of {folder} are in {old}")
     return None
+
+
+def _holds_work(entries: Iterable[Path]) -> bool:
+    """Whether there is more than an interrupted run leaves before its first checkpoint."""
+    return any(p.name == "config.json" or p.name.startswith("checkpoint-") for p in entries)
 
 
 def _owner(folder: Path) -> str | None:
@@ -131,7 +141,8 @@ def finished(folder: Path) -> tuple[int, dict[str, Any]] | None:
 def _write(path: Path, data: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # a path that is no UTF-8 becomes a JSON escape
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
+    with writing(path):
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # a path that is no UTF-8 becomes a JSON escape
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)

@@ -1,8 +1,8 @@
 """`--set KEY=VALUE`: one key of a recipe's data changed before it is checked.
 
 KEY is a path with dots, list items by number; VALUE is YAML. Settings apply from left to right, and naming a component
-drops the options of the one that it replaces, so `--set model.use=llama --set model.size=tiny` works and the reverse
-loses the size. What is set this way has the setting itself as its place in messages.
+drops the options of the one that it replaces, so `--set model.use=llama --set model.size=tiny` works and the reverse,
+which would lose the size, is refused. What is set this way has the setting itself as its place in messages.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from nanovllm_core.contracts import OPERATIONS
 from nanovllm_core.errors import RecipeError, nearest
 from nanovllm_core.yamltext import KeyPath, Place, Text, parse
 
+SETTING = "--set "
 COMPONENT, COMPONENT_LIST, KERNELS, TEXT_LIST = "component", "components", "kernels", "texts"
 _SLOTS: Mapping[KeyPath, str] = {
     ("data", "readers"): COMPONENT_LIST,
@@ -44,7 +45,7 @@ def override(text: Text, setting: str, recipe: type) -> Text:
 
     `recipe` is the Recipe class: its fields say which keys there are and what a list holds by default.
     """
-    place = Place(f"--set {setting}")
+    place = Place(f"{SETTING}{setting}")
     dotted, equals, value_text = setting.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
@@ -56,6 +57,11 @@ def override(text: Text, setting: str, recipe: type) -> Text:
     _known(keys, recipe, place)
     data, path = _set(text.data, keys, given.data, (), recipe, place)
     inside = len(path)
+    earlier = {at for p, at in text.places.items() if p[:inside] == path and at.file.startswith(SETTING)}
+    if lost := sorted(
+        str(at) for at in earlier if _key(at) != dotted and _key(at).startswith(".".join(map(str, path)) + ".")
+    ):
+        raise RecipeError(f"{place}: would drop what {lost[0]} set; give it before that one")
     places = {p: at for p, at in text.places.items() if p[:inside] != path} | {path: place}
     places |= {(*path, *p): place for p in given.places}
     names = {p: at for p, at in text.keys.items() if p[:inside] != path} | {path: place}
@@ -63,6 +69,11 @@ def override(text: Text, setting: str, recipe: type) -> Text:
     for end in range(1, inside):  # sections that the text leaves out exist because of this setting
         places.setdefault(path[:end], place)
     return attrs.evolve(text, data=data, places=places, keys=names)
+
+
+def _key(place: Place) -> str:
+    """The key of a setting, by its place."""
+    return place.file.removeprefix(SETTING).partition("=")[0]
 
 
 def _known(keys: list[str], cls: type, place: Place) -> None:

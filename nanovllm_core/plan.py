@@ -77,6 +77,8 @@ class DataPlan:
         texts = [f"{n} files of kind {s or '(no suffix)'} are left out: no reader takes them" for s, n in unknown]
         if odd := self.documents.all.odd:
             texts.append(f"{len(odd)} entries are left out, neither file nor folder: {', '.join(odd[:3])}")
+        if outputs := self.documents.all.outputs:
+            texts.append(f"{len(outputs)} output folders of other runs are left out: {', '.join(outputs[:3])}")
         return (*texts, *(f"reader {name}: {why}; what it should read may be left out" for name, why in self.faults))
 
 
@@ -126,6 +128,16 @@ class Plan:
         if self.model.dtype != "bfloat16" or self.machine.bf16:
             return ""
         return "this CPU has no bf16 instructions and emulates them: train.mixed_precision: fp32 is faster here"
+
+    @property
+    def tight(self) -> str:
+        """What to know when the estimate exceeds what is free; empty when it does not, or that is not known."""
+        if not 0 < self.machine.memory < self.memory.total:
+            return ""
+        return (
+            f"training is estimated to need {self.memory.total / 1e9:.1f} GB and {self.machine.memory / 1e9:.1f} GB are free: "
+            "lower train.per_device_train_batch_size, data.max_seq_length or the model's size if it runs out of memory"
+        )
 
     def events(self, more: tuple[object, ...] = ()) -> Callbacks:
         """All callbacks as one relay: the recipe's, then those handed to `run`. Raises BrokenComponent."""

@@ -33,7 +33,7 @@ def run(plan: Plan, callbacks: Sequence[object] = ()) -> Path:
         raise RefusedError(f"parallel: {plan.machine.world_size} processes were started; runs use one for now")
     with claimed(folder) as claim:
         events.run_started(plan=plan)
-        for text in (*plan.data.left_out, plan.emulated):
+        for text in (*plan.data.left_out, plan.emulated, plan.tight):
             if text:
                 events.note(text=text)
         with phase(events, "hashing the documents") as tell:
@@ -41,12 +41,12 @@ def run(plan: Plan, callbacks: Sequence[object] = ()) -> Path:
         with phase(events, "hashing the model") as tell:
             who = identity(plan, fingerprint, tell)
         documents = count(plan, fingerprint, folder / TOKENS, events)  # a bad one stops the run before anything moves
-        found = settle(claim, who, lambda text: events.note(text=text))
+        found = settle(claim, who, _length(plan), lambda text: events.note(text=text))
         done = finished(folder)
         if done is not None and done[1] == _length(plan) and (found is None or found[1].step == done[0]):
             if locked_by(folder) != who:
                 write_lock(folder, lock_of(plan, who, fingerprint))
-            _say_finished(events, done[0])
+            _say_finished(events, done[0], folder)
         else:
             write_lock(folder, lock_of(plan, who, fingerprint))
             corpus = prepare(plan, fingerprint, documents, folder / TOKENS, events)
@@ -60,8 +60,11 @@ def _length(plan: Plan) -> dict[str, Any]:
     return {"num_train_epochs": plan.recipe.train.num_train_epochs, "max_steps": plan.recipe.train.max_steps}
 
 
-def _say_finished(events: Callbacks, steps: int) -> None:
-    events.note(text=f"this run is finished ({steps} steps); to go on, raise train.num_train_epochs or train.max_steps")
+def _say_finished(events: Callbacks, steps: int, folder: Path) -> None:
+    events.note(
+        text=f"this run is finished ({steps} steps) and nothing is done again; `nanovllm generate {folder} --prompt ...` "
+        "answers other prompts, a higher train.num_train_epochs or train.max_steps goes on"
+    )
 
 
 class _Job:
@@ -91,7 +94,7 @@ class _Job:
         trainer, settings = self.trainer(found)
         done = finished(self.folder)
         if state is not None and state.step >= settings.total_steps and done is not None and done[0] == state.step:
-            _say_finished(self.events, state.step)
+            _say_finished(self.events, state.step, self.folder)
             return
         if state is not None:
             self.events.note(text=f"going on from checkpoint-{state.step}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
+from nanovllm_core.files import writing
 from nanovllm_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -22,14 +24,19 @@ class _File:
     begun: bool = False
 
 
+def _plain_name(instance: Any, attribute: Any, value: object) -> None:
+    if not isinstance(value, str) or not re.fullmatch(r"[\w-][\w.-]*\.jsonl", value):
+        raise ValueError(f"got {value!r}, allowed: a plain file name that ends in .jsonl, such as metrics.jsonl")
+
+
 @frozen(kw_only=True, eq=False)
 class Metrics:
     """Writes metrics.jsonl into the output folder: one object a logged step or evaluation.
 
-    file: its name
+    file: its name, which ends in .jsonl
     """
 
-    file: str = "metrics.jsonl"
+    file: str = field(default="metrics.jsonl", validator=_plain_name)
     _open: _File = field(factory=_File, init=False, repr=False)
 
     @hookimpl
@@ -52,7 +59,7 @@ class Metrics:
         if not self._open.begun:  # a resumed run takes its later steps again: drop what they said before
             _keep_before(path, line["step"])
             self._open.begun = True
-        with path.open("a", encoding="utf-8") as f:
+        with writing(path), path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
 
 

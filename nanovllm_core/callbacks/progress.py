@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field, frozen
 
 from nanovllm_core.hookspecs import hookimpl
+from nanovllm_core.options import above
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +42,7 @@ class Progress:
     every: seconds between plain lines of one phase (training prints each logged step)
     """
 
-    every: float = QUIET
+    every: float = field(default=QUIET, validator=above(0))
     _screen: _Screen = field(factory=_Screen, init=False, repr=False)
 
     @hookimpl

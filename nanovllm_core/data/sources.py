@@ -1,7 +1,8 @@
 """What stands in `data.path`: a file, a folder with sub-folders, or a string that is neither (offered to readers).
 
 Files come in the order of their names, folder by folder, on every machine. Hidden files and folders (a leading dot),
-pipes, sockets and broken links are left out and counted. Links to folders are followed, each folder once.
+pipes, sockets, broken links and the output folders of runs are left out and counted. Links to folders are followed, each
+folder once.
 Nothing is opened here but by `fingerprint`, which reads every byte (about 1 GB/s): the same content under the same
 names is the same data, whatever its dates.
 """
@@ -18,6 +19,7 @@ from attrs import field, frozen
 
 from nanovllm_core.contracts import Source
 from nanovllm_core.errors import DataError
+from nanovllm_core.files import LOCK
 
 PIECE = 4 << 20  # bytes hashed between two reports of progress
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -31,6 +33,7 @@ class Sources:
     sources: tuple[Source, ...]
     hidden: int = 0  # files and folders whose name begins with a dot
     odd: tuple[str, ...] = ()  # neither file nor folder: broken links, pipes, sockets
+    outputs: tuple[str, ...] = ()  # folders that a run made: its model and checkpoints are no documents
     suffixes: Mapping[str, int] = field(init=False)  # lower case, with the dot -> files
     bytes: int = field(init=False)
 
@@ -56,7 +59,7 @@ class Sources:
         if out == os.path.realpath(absolute):
             raise DataError(f"{path}: data.path and output_dir are the same folder; give the output one of its own")
         walk = _Walk(absolute, out)
-        return cls(path=path, sources=tuple(walk), hidden=walk.hidden, odd=tuple(walk.odd))
+        return cls(path=path, sources=tuple(walk), hidden=walk.hidden, odd=tuple(walk.odd), outputs=tuple(walk.outputs))
 
     @property
     def count(self) -> int:
@@ -75,6 +78,7 @@ class _Walk:
         self.root, self.out = root, out
         self.hidden = 0
         self.odd: list[str] = []
+        self.outputs: list[str] = []
         self.seen: set[tuple[int, int]] = set()
 
     def __iter__(self) -> Iterator[Source]:
@@ -86,7 +90,11 @@ class _Walk:
             elif entry.name.startswith("."):
                 self.hidden += 1
             elif entry.is_dir():
-                if os.path.realpath(entry.path) != self.out:
+                if os.path.realpath(entry.path) == self.out:
+                    continue
+                if os.path.isfile(os.path.join(entry.path, LOCK)):
+                    self.outputs.append(self._name(entry.path))
+                else:
                     stack.append(iter(self._entries(entry.path)))
             elif entry.is_file():
                 yield _source(entry.path, self._name(entry.path))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanovllm_core.errors import CheckpointError
-from nanovllm_core.files import damage, recover, written_whole
+from nanovllm_core.files import damage, recover, writing, written_whole
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 FORMAT = 1
@@ -53,9 +53,12 @@ def save(
     named: Iterable[tuple[str, nn.Parameter]],
     write_rest: Callable[[Path], None],
 ) -> Path:
-    """Write `root/checkpoint-<step>`; `write_rest(folder)` adds config and tokenizer. The folder's path."""
+    """Write `root/checkpoint-<step>`; `write_rest(folder)` adds config and tokenizer. The folder's path.
+
+    Raises OutputError when it cannot be written; an older checkpoint of this step is untouched then.
+    """
     folder = root / f"checkpoint-{state.step}"
-    with written_whole(folder) as partial:
+    with writing(folder), written_whole(folder) as partial:
         save_file(
             {n: t.detach().cpu().contiguous() for n, t in weights}, partial / "model.safetensors", {"format": "pt"}
         )

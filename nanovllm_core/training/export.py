@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanovllm_core.contracts import Tokenizer
-from nanovllm_core.files import sync
+from nanovllm_core.files import share, sync, writing
 
 
 def write_config(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, dtype: str) -> None:
@@ -43,8 +43,15 @@ def export(
 
     Weights go out in `dtype` ("float32" | "bfloat16" | "float16"), in shards of at most 5 GB. Each file is complete
     before it takes its name; `config.json`, without which nothing opens the folder, goes first and comes back last, so
-    that a kill never leaves the parts of two models as one. The names of the files.
+    that a kill never leaves the parts of two models as one. The names of the files. Raises OutputError.
     """
+    with writing(folder):
+        return _export(folder, weights, config, tokenizer, dtype)
+
+
+def _export(
+    folder: Path, weights: Iterable[tuple[str, Tensor]], config: dict[str, Any], tokenizer: Tokenizer, dtype: str
+) -> list[str]:
     from huggingface_hub import save_torch_state_dict
 
     partial = folder / ".export.partial"
@@ -60,6 +67,8 @@ def export(
         sync(folder)
         written = sorted(partial.iterdir(), key=lambda p: p.name == "config.json")
         for path in written:
+            if path.is_file():
+                share(path, partial / "config.json")
             sync(path)
             if path.is_dir():  # some tokenizers keep their chat templates in one
                 shutil.rmtree(folder / path.name, ignore_errors=True)

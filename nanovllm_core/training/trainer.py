@@ -121,8 +121,8 @@ class Trainer:
         if not math.isfinite(value + norm):
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {value} and the gradient norm {norm}; the weights were left as they "
-                f"were. Lower train.learning_rate (now {s.learning_rate}) or lengthen train.warmup_steps, then run again: "
-                "it goes on from the newest checkpoint"
+                f"were. Lower train.learning_rate (now {s.learning_rate}) or lengthen train.warmup_steps, and run again: "
+                "that is another run, which begins anew and moves what this one saved to previous/"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -94,7 +94,7 @@ def test_a_folder_that_nobody_opens_gives_every_reason(box, tmp_path):
     assert f"pretrained: {tmp_path}: no config.json" in str(raised.value)
     with pytest.raises(RefusedError) as raised:  # `preset` takes no folder, so its word would only confuse
         LLM(tmp_path)
-    assert str(raised.value).startswith(f"model: pretrained refuses: {tmp_path}: no config.json")
+    assert str(raised.value).startswith(f"model: no component accepts:\n  pretrained: {tmp_path}: no config.json")
     assert "preset" not in str(raised.value)
     with pytest.raises(RefusedError, match=r"model: pretrained refuses: .*no config\.json"):
         LLM(box, model="pretrained", registry=REGISTRY)

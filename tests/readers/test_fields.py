@@ -90,3 +90,15 @@ def test_what_holds_no_string_is_named(value: object, found: str) -> None:
         extract(value)
     with pytest.raises(DataError, match=r"a\.json\[7\] \(byte 90\)"):
         Fields().extract(Record(value=value, source="a.json", index=7, byte=90))
+
+
+@pytest.mark.parametrize("answer", [None, ""])
+def test_a_prompt_without_an_answer_is_never_trained(answer: str | None) -> None:
+    document = extract({"input": "What is it?", "output": answer})
+    assert [(s.text, s.trained) for s in document.segments] == [("What is it?", False), ("", True)]
+
+
+@pytest.mark.parametrize("answer", [7, ["a"], {"a": "b"}, True])
+def test_an_answer_that_is_no_string_is_an_error(answer: object) -> None:
+    with pytest.raises(DataError, match=r"`output` is .*, expected a string"):
+        extract({"input": "What is it?", "output": answer})

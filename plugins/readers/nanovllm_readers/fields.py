@@ -55,7 +55,11 @@ class Fields:
             if _filled(value.get(name)):
                 return (Segment(value[name]),)
         prompt, answer = value.get(self.prompt), value.get(self.answer)
-        if _filled(prompt) and isinstance(answer, str):
+        if _filled(prompt) and self.answer in value:  # a prompt is never trained, whatever its answer is
+            if answer is None:
+                answer = ""
+            if not isinstance(answer, str):
+                raise DataError(f"{_place(record)}: `{self.answer}` is {_kind(answer)}, expected a string")
             roles = ("user", "assistant") if self.chat else (None, None)
             return (Segment(prompt, trained=False, role=roles[0]), Segment(answer, role=roles[1]))
         strings = [v for v in value.values() if isinstance(v, str)]
