@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanovllm_core.errors import NanoError
+from nanovllm_core.errors import Interrupted, NanoError
 
 if TYPE_CHECKING:
     from nanovllm_core.plan import Plan
@@ -173,15 +173,22 @@ def _make_plan(args: argparse.Namespace) -> Plan:
 
 def _run(args: argparse.Namespace) -> int:
     plan = _make_plan(args)
+    from nanovllm_core.interrupt import Interrupt
     from nanovllm_core.runner import run
+    from nanovllm_core.training.stop import StopRequest
 
-    try:
-        run(plan)
-    except KeyboardInterrupt:
-        saved = sorted((int(p.name.partition("-")[2]) for p in plan.output_dir.glob("checkpoint-[0-9]*")), reverse=True)
-        then = f"goes on from checkpoint-{saved[0]}" if saved else "begins anew: no checkpoint was saved yet"
-        print(f"nanovllm: interrupted; the same command {then}", file=sys.stderr)
-        return 130
+    stop = StopRequest()
+    with Interrupt(stop, "the same command goes on from the newest checkpoint, if there is one") as interrupt:
+        try:
+            run(plan, stop=stop)
+        except Interrupted as e:
+            print(f"nanovllm: {e}", file=sys.stderr)
+            return interrupt.code
+        except KeyboardInterrupt:
+            saved = sorted(int(p.name[11:]) for p in plan.output_dir.glob("checkpoint-*") if p.name[11:].isdigit())
+            then = f"goes on from checkpoint-{saved[-1]}" if saved else "begins anew: no checkpoint was saved yet"
+            print(f"nanovllm: interrupted; the same command {then}", file=sys.stderr)
+            return interrupt.code
     return 0
 
 

@@ -12,6 +12,7 @@
     ├── ModelError                a model or tokenizer folder is missing, incomplete or unsupported
     ├── TrainingError             the run cannot go on (a loss that is not finite)
     ├── CheckpointError           no sound checkpoint where one is needed
+    ├── Interrupted              the run was asked to stop; its message says how to go on (exit code 128 + signal)
     ├── OutputError               the output folder cannot be used
     └── GenerationError           a prompt or sampling parameter is unusable
 
@@ -70,6 +71,10 @@ class TrainingError(NanoError):
 
 class CheckpointError(NanoError):
     """No sound checkpoint where one is needed."""
+
+
+class Interrupted(NanoError):
+    """The run was asked to stop, and did."""
 
 
 class OutputError(NanoError):

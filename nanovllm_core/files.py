@@ -102,6 +102,15 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a kill or a power cut leaves the old text or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # a path that is no UTF-8 becomes a JSON escape
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
 def share(path: Path, like: Path) -> None:
     """Let whoever may read `like`, an ordinary new file, read `path` too: safetensors writes for its owner alone."""
     path.chmod(like.stat().st_mode & 0o777)

@@ -32,7 +32,7 @@ class Machine:
         )
         here = cls(cores=cores, world_size=world_size, rank=rank, local_rank=local_rank)
         if not torch.cuda.is_available():
-            return evolve(here, device_name=f"{cores} cores", memory=_host_memory(), bf16=_cpu_has_bf16())
+            return evolve(here, device_name=f"{cores} cores", memory=host_memory(), bf16=_cpu_has_bf16())
         index = local_rank % torch.cuda.device_count()
         free, _total = torch.cuda.mem_get_info(index)
         return evolve(here, device="cuda", device_name=torch.cuda.get_device_name(index), memory=free)
@@ -46,7 +46,15 @@ def _cpu_has_bf16() -> bool:
     return known.get("architecture") != "x86_64" or bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
+    """Bytes that may be used now (what the system caches of files counts as free); 0 when unknown."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for text in file:
+                if text.startswith("MemAvailable:"):
+                    return int(text.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

@@ -17,12 +17,12 @@ from typing import Any
 from attrs import frozen
 
 from nanovllm_core.errors import OutputError
-from nanovllm_core.files import LOCK, sync, writing
+from nanovllm_core.files import LOCK, replace_text, sync, writing
 from nanovllm_core.plan import PREVIOUS
 from nanovllm_core.training.checkpoint import State, newest
 
 FINISHED = "finished.json"
-TOKENS, BUSY = "tokens", ".busy.lock"
+TOKENS, BUSY, BEST = "tokens", ".busy.lock", "best"
 BEGUN = ""  # the identity of a run that has not read its documents yet
 KEPT = (PREVIOUS, TOKENS, BUSY)  # whatever run comes
 
@@ -139,10 +139,5 @@ def finished(folder: Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     with writing(path):
-        partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # a path that is no UTF-8 becomes a JSON escape
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
+        replace_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")

@@ -90,8 +90,9 @@ class Train:
     lr_scheduler_type: how the learning rate falls after warm-up
     mixed_precision: compute type; auto is bf16 on GPU and fp32 on CPU
     gradient_clipping: largest global norm of the gradient; 0 is off
-    eval_steps: optimizer steps between evaluations
+    eval_steps: optimizer steps between evaluations; each checkpoint is evaluated too
     save_steps: optimizer steps between checkpoints
+    save_total_limit: newest checkpoints that are kept, beside the best; null keeps all
     logging_steps: optimizer steps between logged figures
     seed: of new weights, the held-out split and the order of samples
     """
@@ -111,6 +112,7 @@ class Train:
     gradient_clipping: float = field(default=1.0, validator=at_least(0))
     eval_steps: int = field(default=500, validator=at_least(1))
     save_steps: int = field(default=1000, validator=at_least(1))
+    save_total_limit: int | None = field(default=3, validator=at_least(1))
     logging_steps: int = field(default=10, validator=at_least(1))
     seed: int = field(default=42, validator=[at_least(0), below(2**63)])
 

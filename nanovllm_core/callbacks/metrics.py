@@ -57,23 +57,27 @@ class Metrics:
         if path is None:
             return
         if not self._open.begun:  # a resumed run takes its later steps again: drop what they said before
-            _keep_before(path, line["step"])
+            _keep_before(path, line)
             self._open.begun = True
         with writing(path), path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
 
 
-def _keep_before(path: Path, step: float) -> None:
-    """Leave the lines of earlier steps alone; what cannot be read (a line that a kill cut short) goes too."""
+def _keep_before(path: Path, line: Mapping[str, float]) -> None:
+    """Leave what came before the line alone; what cannot be read (a line that a kill cut short) goes too."""
     if path.exists():
         aside = path.with_name(f".{path.name}.partial")
         with path.open("rb") as old, aside.open("wb") as new:
-            new.writelines(text.rstrip(b"\n") + b"\n" for text in old if _step(text) < step)
+            new.writelines(
+                text.rstrip(b"\n") + b"\n" for text in old if _order(text) < _order(json.dumps(line).encode())
+            )
         os.replace(aside, path)  # so that a kill meets the old file or the new one, whole
 
 
-def _step(text: bytes) -> float:
+def _order(text: bytes) -> tuple[float, bool]:
+    """Lines of a run ascend by step; a step's evaluation comes after its loss."""
     try:
-        return float(json.loads(text.decode("utf-8"))["step"])
+        line = json.loads(text.decode("utf-8"))
+        return float(line["step"]), "eval_loss" in line
     except (ValueError, TypeError, LookupError):
-        return float("inf")
+        return float("inf"), True

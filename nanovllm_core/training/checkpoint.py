@@ -13,7 +13,8 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from nanovllm_core.errors import CheckpointError
 from nanovllm_core.files import damage, recover, writing, written_whole
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
-FORMAT = 1
+FORMAT = 2
 
 
 @frozen(kw_only=True)
@@ -42,15 +43,35 @@ class State:
     metrics: dict[str, float]  # newest held-out figures
     before: dict[str, float]  # held-out figures before the first step
     random: list[str]  # torch's CPU generator state, base64, one a rank
+    evaluated: bool = True  # `metrics` are of this step; false: interrupted before its evaluation was made
     format: int = FORMAT
+
+
+@frozen(eq=False)
+class Snapshot:
+    """Copies in host memory: training may change the originals."""
+
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+
+
+def snapshot(
+    weights: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]
+) -> Snapshot:
+    """What a checkpoint holds, copied tensor by tensor."""
+    return Snapshot(
+        {name: _copied(t) for name, t in weights}, {name: _copied(t) for name, t in _moments(optimizer, named)}
+    )
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def save(
     root: Path,
     state: State,
-    weights: Iterable[tuple[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    named: Iterable[tuple[str, nn.Parameter]],
+    held: Snapshot,
     write_rest: Callable[[Path], None],
 ) -> Path:
     """Write `root/checkpoint-<step>`; `write_rest(folder)` adds config and tokenizer. The folder's path.
@@ -59,10 +80,8 @@ def save(
     """
     folder = root / f"checkpoint-{state.step}"
     with writing(folder), written_whole(folder) as partial:
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in weights}, partial / "model.safetensors", {"format": "pt"}
-        )
-        save_file(dict(_moments(optimizer, named)), partial / "optimizer.safetensors")
+        save_file(dict(held.weights), partial / "model.safetensors", {"format": "pt"})
+        save_file(dict(held.moments), partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         write_rest(partial)
     return folder
@@ -73,7 +92,7 @@ def _moments(
 ) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in named:
         for key, value in optimizer.state.get(parameter, {}).items():
-            yield f"{key}:{name}", value.detach().cpu().contiguous()
+            yield f"{key}:{name}", value
 
 
 def seed_random_state(seed: int) -> None:
@@ -83,7 +102,7 @@ def seed_random_state(seed: int) -> None:
 
 def random_state() -> str:
     """torch's CPU random state as text."""
-    return base64.b64encode(bytes(torch.get_rng_state().tolist())).decode("ascii")
+    return base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii")
 
 
 def set_random_state(text: str) -> None:
@@ -96,6 +115,8 @@ def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, State] | None
 
     First puts in order what a process killed while saving left there, so `root` must be this process's to write.
     """
+    for left in root.glob(".checkpoint-*.gone"):
+        shutil.rmtree(left, ignore_errors=True)
     for left in list(root.glob(".checkpoint-*")):
         if FOLDER.fullmatch(name := Path(left.name[1:]).stem):
             recover(root / name)

@@ -16,8 +16,10 @@ from attrs import frozen
 
 from nanovllm_core.contracts import MicroBatch, Parallelized, Step
 from nanovllm_core.errors import TrainingError
+from nanovllm_core.training.checkpoint import random_state
 from nanovllm_core.training.evaluate import evaluate
 from nanovllm_core.training.optimizer import adamw, rate
+from nanovllm_core.training.stop import StopRequest
 
 
 @frozen(kw_only=True)
@@ -62,10 +64,19 @@ class Trainer:
     """Runs `settings.total_steps` optimizer steps; `step` and `position` say how far it is."""
 
     def __init__(
-        self, model: Parallelized, steps: Steps, settings: Settings, events: Events, evaluation: Evaluation | None
+        self,
+        model: Parallelized,
+        steps: Steps,
+        settings: Settings,
+        events: Events,
+        evaluation: Evaluation | None,
+        stop: StopRequest | None = None,
     ) -> None:
+        self.stop = stop or StopRequest()
         self.model, self.steps, self.settings, self.events, self.evaluation = model, steps, settings, events, evaluation
         self.step, self.position = 0, 0
+        self.evaluated = False  # the held-out figures are of this step
+        self.random = random_state()  # after this step: a step that is abandoned may have drawn from it
         self.metrics: dict[str, float] = {}  # the newest held-out figures
         self.before: dict[str, float] = {}  # those before the first step
         self.optimizer = adamw(
@@ -75,18 +86,24 @@ class Trainer:
             betas=settings.betas,
         )
 
-    def run(self, save: Callable[[Trainer], None]) -> None:
-        """Train to the end. `save` is called every `save_steps` and after the last step."""
+    def run(self, save: Callable[[Trainer], None], tick: Callable[[], None] = lambda: None) -> None:
+        """Train to the end. `save` is called every `save_steps` and after the last step, `tick` after each.
+
+        Held-out figures are made every `eval_steps` and before each save. Raises Interrupted when `stop` is asked, with
+        the state of the last whole step: a step or an evaluation that was begun is as if it had not been.
+        """
         s = self.settings
         self.model.module.train(True)
-        if self.step == 0:
+        if not self.evaluated and self._due(self.step):
             self.evaluate()
-            self.before = self.metrics
+            if self.step == 0:
+                self.before = self.metrics
         window = _Window()
         while self.step < s.total_steps:
             data = self.steps.step(self.position)
             loss, norm, learning_rate = self._optimize(data)
-            self.step, self.position = self.step + 1, data.next_position
+            self.step, self.position, self.evaluated = self.step + 1, data.next_position, False
+            self.random = random_state()
             window.add(data)
             last = self.step == s.total_steps
             if self.step % s.logging_steps == 0 or self.step == 1 or last:
@@ -95,22 +112,30 @@ class Trainer:
                     step=self.step, metrics={**metrics, "epoch": data.epoch, "total_steps": s.total_steps}
                 )
             with window.paused():
-                if last or self.step % s.eval_steps == 0:
+                if self._due(self.step):
                     self.evaluate()
                 if last or self.step % s.save_steps == 0:
                     save(self)
+                tick()
+
+    def _due(self, step: int) -> bool:
+        """Whether the held-out documents are measured after this step."""
+        s = self.settings
+        return step >= s.total_steps or step % s.eval_steps == 0 or step % s.save_steps == 0
 
     def evaluate(self) -> None:
         """Measure the held-out documents, if there are any, and tell."""
         if self.evaluation is not None:
-            self.metrics = evaluate(self.model, self.evaluation.batches(), self.evaluation.text_bytes)
+            batches = self.stop.checked(self.evaluation.batches())
+            self.metrics = evaluate(self.model, batches, self.evaluation.text_bytes)
+            self.evaluated = True
             self.events.evaluated(step=self.step, metrics=self.metrics)
 
     def _optimize(self, data: Step) -> tuple[float, float, float]:
         s, model = self.settings, self.model
         learning_rate = s.learning_rate * rate(s.schedule, self.step, total=s.total_steps, warmup=s.warmup_steps)
         total: torch.Tensor | None = None
-        for i, micro in enumerate(data.micro_batches, 1):
+        for i, micro in enumerate(self.stop.checked(data.micro_batches), 1):
             with model.micro_batch(last=i == len(data.micro_batches)):
                 loss = model.module(micro.tokens, micro.batch, targets=micro.targets) / max(1, data.trained)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped

@@ -97,10 +97,10 @@ def folder(tmp_path):
 def go(folder):
     """Runs the folder's recipe with `--set` texts, more callbacks and more components: the result's folder, what it said."""
 
-    def go(*sets, callbacks=(), machine=None, **kinds):
+    def go(*sets, callbacks=(), machine=None, stop=None, **kinds):
         watch = Watch()
         recipe = Recipe.load(folder / "recipe.yaml", sets=("callbacks=[metrics]", *sets))
         registry = Registry.from_environment().extended(**kinds)
-        return run(make_plan(recipe, registry, machine or Machine()), callbacks=[watch, *callbacks]), watch
+        return run(make_plan(recipe, registry, machine or Machine()), callbacks=[watch, *callbacks], stop=stop), watch
 
     return go

@@ -45,7 +45,7 @@ def test_a_run_leaves_a_model_checkpoints_metrics_and_a_lock(go):
     out, watch = go()
     assert sorted(watch.steps) == [1, 2, 3, 4, 5, 6]
     assert losses(watch)[-1] < losses(watch)[0]
-    assert sorted(watch.evaluations) == [0, 3, 6]
+    assert sorted(watch.evaluations) == [0, 2, 3, 4, 6]  # every 3 steps, and of each checkpoint
     assert watch.evaluations[6]["eval_bits_per_byte"] < watch.evaluations[0]["eval_bits_per_byte"]
     assert watch.saved == [2, 4, 6]
     assert watch.answers["The river"]
@@ -63,7 +63,7 @@ def test_a_run_leaves_a_model_checkpoints_metrics_and_a_lock(go):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
     assert {"learning_rate", "tokens_per_second"} <= lines[1].keys()
-    assert [x["step"] for x in lines if "eval_loss" in x] == [0, 3, 6]
+    assert [x["step"] for x in lines if "eval_loss" in x] == [0, 2, 3, 4, 6]
     lock = json.loads((out / "plan.lock.json").read_text())
     assert lock["components"]["model"]["use"] == "nanovllm/preset"
     assert lock["versions"]["torch"] == torch.__version__

@@ -22,6 +22,10 @@ def start(*arguments, cwd, **environment):
     )  # fmt: skip
 
 
+def lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def result(process):
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
@@ -85,12 +89,15 @@ def test_an_interruption_says_where_the_same_command_goes_on(folder):
         return result(process)
 
     out = folder / "out"
-    code, _, err = interrupted((out / "metrics.jsonl").exists, "train.max_steps=100000", "train.save_steps=100000")
-    assert (code, err.count("\n")) == (130, 1), err
-    assert "begins anew: no checkpoint was saved yet" in err
-    code, _, err = interrupted((out / "checkpoint-2").exists, "train.max_steps=100000")
-    assert code == 130
-    assert "the same command goes on from checkpoint-" in err
+    code, _, err = interrupted((out / "plan.lock.json").exists)
+    assert (code, err.count("\n")) == (130, 2), err
+    assert "the same command begins anew: no " in err
+    code, _, err = interrupted(
+        lambda: lines(out / "metrics.jsonl") > 3, "train.max_steps=100000", "train.save_steps=100000"
+    )
+    assert (code, err.count("\n")) == (130, 2), err
+    assert "stopped; the same command goes on from checkpoint-" in err
+    assert len(list(out.glob("checkpoint-*"))) == 1
 
 
 def test_a_terminal_that_cannot_show_a_character_does_not_stop_a_run(folder):

@@ -39,7 +39,7 @@ def state(step, **changes):
 
 def save(root, step, model, optimizer, rest=lambda folder: None):
     named = list(model.named_parameters())
-    return checkpoint.save(root, state(step), named, optimizer, named, rest)
+    return checkpoint.save(root, state(step), checkpoint.snapshot(named, optimizer, named), rest)
 
 
 def test_weights_optimizer_and_state_come_back(tmp_path):

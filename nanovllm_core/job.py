@@ -1,0 +1,224 @@
+"""The part of a run that has a model: train or go on, save on the way, export, answer the recipe's prompts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nanovllm_core.assemble import assemble, models_of
+from nanovllm_core.contracts import Parallelized
+from nanovllm_core.corpus import Corpus, batches
+from nanovllm_core.errors import CheckpointError, Interrupted
+from nanovllm_core.hookspecs import Callbacks
+from nanovllm_core.inference.generate import answerable, generate
+from nanovllm_core.inference.sampling import SamplingParams
+from nanovllm_core.lock import sequences_per_step
+from nanovllm_core.machine import host_memory
+from nanovllm_core.output import BEST, finished, mark_finished
+from nanovllm_core.plan import Plan
+from nanovllm_core.training import checkpoint
+from nanovllm_core.training.export import export, write_config
+from nanovllm_core.training.saver import Saver, room_needed
+from nanovllm_core.training.stop import StopRequest
+from nanovllm_core.training.trainer import Settings, Trainer
+from nanovllm_core.weights import ModelFolder
+
+BYTES = {"float32": 4, "float64": 8}  # of an exported value; 2 for the others
+
+Found = tuple[Path, checkpoint.State]
+
+
+def asked_length(plan: Plan) -> dict[str, Any]:
+    """How long the recipe asks to train."""
+    return {"num_train_epochs": plan.recipe.train.num_train_epochs, "max_steps": plan.recipe.train.max_steps}
+
+
+def say_finished(events: Callbacks, steps: int, folder: Path) -> None:
+    """Tell that there is nothing to do, and what can be done."""
+    events.note(
+        text=f"this run is finished ({steps} steps) and nothing is done again; `nanovllm generate {folder} --prompt ...` "
+        "answers other prompts, a higher train.num_train_epochs or train.max_steps goes on"
+    )
+
+
+class Job:
+    """One run's model, from assembly to answers."""
+
+    def __init__(self, plan: Plan, corpus: Corpus, identity: str, events: Callbacks, stop: StopRequest) -> None:
+        self.plan, self.corpus, self.identity, self.events, self.stop = plan, corpus, identity, events, stop
+        self.folder, self.shape = plan.output_dir, plan.model.shape
+        self.config = models_of(plan.model).config(shape=self.shape)
+        g = plan.recipe.generate
+        params = SamplingParams(
+            temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, max_tokens=g.max_tokens, stop=g.stop, seed=g.seed
+        )
+        self.params = [params] * len(g.prompts)
+        answerable(g.prompts, self.params, corpus.tokenizer, self.shape.max_positions)  # or say so before training
+
+    def run(self, found: Found | None) -> None:
+        """Everything that is left to do. Raises Interrupted when it was asked to stop, with the state saved."""
+        state = found[1] if found else None
+        if state is not None and state.tokenizer != self.corpus.tokenizer.fingerprint:
+            raise CheckpointError(
+                f"{self.folder}: checkpoint-{state.step} was trained with another vocabulary than the tokenizer component "
+                "makes of the same documents now; was it updated? Install the version that the checkpoint was made with, "
+                "or name another output_dir to begin anew"
+            )
+        trainer, settings = self.trainer(found)
+        done = finished(self.folder)
+        if state is not None and state.step >= settings.total_steps and done is not None and done[0] == state.step:
+            say_finished(self.events, state.step, self.folder)
+            return
+        if state is not None:
+            self.say_going_on(state, trainer, settings)
+        saver = self.train(trainer, found)
+        if trainer.before:
+            self.events.note(
+                text=f"held-out perplexity: {trainer.before['eval_perplexity']:,.2f} before, "
+                f"{trainer.metrics['eval_perplexity']:,.2f} after"
+            )
+        model = trainer.model
+        files = export(self.folder, model.full_state(), self.config, self.corpus.tokenizer, self.shape.dtype)
+        self.export_best(saver, trainer)
+        self.generate(model)
+        mark_finished(self.folder, trainer.step, asked_length(self.plan), files)
+
+    def say_going_on(self, state: checkpoint.State, trainer: Trainer, settings: Settings) -> None:
+        """Tell where a resumed run stands."""
+        self.events.note(text=f"going on from checkpoint-{state.step}")
+        if state.step >= settings.total_steps and state.step < state.total_steps:
+            self.events.note(
+                text=f"the recipe asks for {settings.total_steps} steps and {state.step} are done: the model is exported as "
+                "it is"
+            )
+            trainer.evaluated = False  # the saved figures may be older than the weights
+        elif state.total_steps != settings.total_steps:
+            self.events.note(
+                text=f"the learning rate's schedule is laid out anew over {settings.total_steps} steps "
+                f"(it was {state.total_steps})"
+            )
+
+    def trainer(self, found: Found | None) -> tuple[Trainer, Settings]:
+        """The model with its weights, and the loop, where the run stands."""
+        plan, train = self.plan, self.plan.recipe.train
+        saved = ModelFolder.open(found[0]) if found else None
+        model = assemble(
+            plan.model, plan.machine.device, seed=train.seed, training=True, weight=saved.tensor if saved else None
+        )
+        rows = sequences_per_step(plan)
+        data = batches(plan, self.corpus, rows, model.data_rank, model.data_size)
+        position = found[1].position if found else 0
+        done = found[1].step if found else 0
+        left = 0 if data.total is None else max(0, -(-(data.total - position) // rows))
+        total = train.max_steps or done + left
+        settings = Settings(
+            total_steps=total,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            betas=(train.beta1, train.beta2),
+            warmup_steps=train.warmup_steps if train.warmup_steps is not None else min(100, total // 10),
+            schedule=train.lr_scheduler_type,
+            clipping=train.gradient_clipping,
+            logging_steps=train.logging_steps,
+            eval_steps=train.eval_steps,
+            save_steps=train.save_steps,
+        )
+        if settings.warmup_steps >= total:
+            self.events.note(
+                text=f"train.warmup_steps is {settings.warmup_steps} and the run has {total} steps: the learning rate never "
+                f"reaches {train.learning_rate}"
+            )
+        checkpoint.seed_random_state(train.seed)  # dropout draws from it, where a model has any
+        trainer = Trainer(model, data, settings, self.events, self.corpus.evaluation, self.stop)
+        if found:
+            path, state = found
+            checkpoint.load_optimizer(path, trainer.optimizer, model.module.named_parameters())
+            checkpoint.set_random_state(state.random[0])
+            trainer.step, trainer.position, trainer.evaluated = state.step, state.position, state.evaluated
+            trainer.metrics, trainer.before, trainer.random = state.metrics, state.before, state.random[0]
+        return trainer, settings
+
+    def train(self, trainer: Trainer, found: Found | None) -> Saver:
+        """Train to the end, or until asked to stop, saving beside it."""
+        plan, left = self.plan, trainer.settings.total_steps - trainer.step
+        saver = Saver(
+            root=self.folder,
+            limit=plan.recipe.train.save_total_limit,
+            write_rest=lambda partial: write_config(partial, self.config, self.corpus.tokenizer, "float32"),
+            saved=lambda step, path: self.events.checkpoint_saved(step=step, path=path),
+            free=host_memory,
+            resumed=found[0] if found else None,
+        )
+        size = 12 * self.shape.parameters  # fp32 masters and two moments
+        exported = BYTES.get(self.shape.dtype, 2) * self.shape.parameters
+        saves = -(-max(0, left) // trainer.settings.save_steps)
+        room_needed(self.folder, size=size, exported=exported, limit=saver.limit, saves=saves)
+
+        def save(trainer: Trainer) -> None:
+            model = trainer.model
+            named = model.module.named_parameters
+            held = lambda: checkpoint.snapshot(model.full_state(), trainer.optimizer, named())  # noqa: E731
+            saver.save(self.state(trainer), held, size)
+
+        try:
+            with self.stop.heeding():
+                trainer.run(save, saver.poll)
+        except Interrupted:
+            self.stop.saving = True
+            saver.finish()
+            trainer.optimizer.zero_grad(set_to_none=True)
+            if trainer.step and not (self.folder / f"checkpoint-{trainer.step}").exists():
+                save(trainer)
+            saver.finish()
+            where = f"goes on from checkpoint-{trainer.step}" if trainer.step else "begins anew: no step was done yet"
+            raise Interrupted(f"stopped; the same command {where}") from None
+        except BaseException:
+            saver.settle()
+            raise
+        saver.finish()
+        return saver
+
+    def state(self, trainer: Trainer) -> checkpoint.State:
+        """Where the run stands, as a checkpoint keeps it."""
+        return checkpoint.State(
+            step=trainer.step,
+            position=trainer.position,
+            total_steps=trainer.settings.total_steps,
+            identity=self.identity,
+            tokenizer=self.corpus.tokenizer.fingerprint,
+            metrics=trainer.metrics,
+            before=trainer.before,
+            random=[trainer.random],
+            evaluated=trainer.evaluated,
+        )
+
+    def export_best(self, saver: Saver, trainer: Trainer) -> None:
+        """Into `best/`, the model of the lowest held-out loss, where that is not the last one."""
+        folder = self.folder / BEST
+        if saver.best is None or saver.best == f"checkpoint-{trainer.step}":
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        best = ModelFolder.open(self.folder / saver.best)
+        folder.mkdir(exist_ok=True)
+        weights = ((name, best.tensor(name)) for name in best.names())
+        export(folder, weights, self.config, self.corpus.tokenizer, self.shape.dtype)
+        self.events.note(
+            text=f"the held-out loss was lowest at step {saver.best.partition('-')[2]} ({saver.best_loss:.4f}, now "
+            f"{trainer.metrics['eval_loss']:.4f}): that model is in {folder}"
+        )
+
+    def generate(self, model: Parallelized) -> None:
+        """Answer the recipe's prompts."""
+        prompts = self.plan.recipe.generate.prompts
+        outputs = generate(
+            model.module,
+            self.corpus.tokenizer,
+            prompts,
+            self.params,
+            shape=self.shape,
+            device=self.plan.machine.device,
+            max_len=self.shape.max_positions,
+        )
+        for prompt, output in zip(prompts, outputs, strict=True):
+            self.events.generated(prompt=prompt, text=output["text"])
