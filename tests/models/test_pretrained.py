@@ -181,3 +181,41 @@ def test_both_directions_agree(model_type: str, rope: dict[str, Any], window: in
     assert ours.rope.theta == 5e5
     assert (ours.window is None) == (window is None or model_type == "llama")
     assert from_huggingface(to_huggingface(ours, "float32")) == ours
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "window"),
+    [
+        (
+            {
+                "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
+                "layer_norm_epsilon": 1e-5, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12,
+                "n_positions": 1024, "vocab_size": 50257,
+            },
+            124_439_808, None,
+        ),
+        (
+            {
+                "model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_act": "silu",
+                "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
+                "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+                "rope_theta": 1e4, "sliding_window": 4096, "tie_word_embeddings": False, "vocab_size": 32000,
+            },
+            7_241_732_096, 4096,
+        ),
+        (
+            {
+                "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+                "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864, "max_window_layers": 24,
+                "max_position_embeddings": 131072, "num_attention_heads": 14, "num_hidden_layers": 24,
+                "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 131072,
+                "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
+            },
+            494_032_768, None,
+        ),
+    ],
+    ids=["gpt2", "Mistral-7B-v0.1", "Qwen2-0.5B"],
+)  # fmt: skip
+def test_configs_of_published_models(config: dict[str, Any], parameters: int, window: int | None) -> None:
+    shape = outline(from_huggingface(config), dtype="float32")
+    assert (shape.parameters, shape.window) == (parameters, window)

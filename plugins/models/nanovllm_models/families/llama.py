@@ -127,7 +127,7 @@ def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int |
     slides = family == "mistral" or (family in QWENS and read.value("use_sliding_window", bool, False))
     if slides and config["sliding_window"] is not None:
         window = read.size("sliding_window")
-        first = read.count("max_window_layers") if family in QWENS else 0
+        first = read.size("max_window_layers", least=0) if family in QWENS else 0
     usual = [FULL if window is None or i < first else SLIDING for i in range(layers)]
     kinds = config.get("layer_types") or usual
     if family in QWENS:

@@ -27,10 +27,10 @@ class Reader:
             raise ModelError(f"config.json: {key} is {value!r}, expected {kind.__name__}")
         return value
 
-    def size(self, key: str, default: Any = _REQUIRED) -> int:
+    def size(self, key: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
         value: int = self.value(key, int, default)
-        if value < 1:
-            raise ModelError(f"config.json: {key} is {value}, expected at least 1")
+        if value < least:
+            raise ModelError(f"config.json: {key} is {value}, expected at least {least}")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
@@ -40,12 +40,6 @@ class Reader:
         if not (math.isfinite(number) and number > 0):
             raise ModelError(f"config.json: {key} is {number}, expected a positive number")
         return float(number)
-
-    def count(self, key: str, default: Any = _REQUIRED) -> int:
-        value: int = self.value(key, int, default)
-        if value < 0:
-            raise ModelError(f"config.json: {key} is {value}, expected at least 0")
-        return value
 
 
 def refuse(config: Mapping[str, Any], architecture: str, checks: Mapping[str, bool]) -> None:
