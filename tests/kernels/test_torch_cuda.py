@@ -54,6 +54,10 @@ def test_small_operations(dtype: str) -> None:
     ops = ops_for(dtype)
     agree(lambda x, w: ops.linear(x, w), dtype, torch.randn(33, 40), torch.randn(24, 40))
     agree(lambda x, w: ops.rms_norm(x, w, 1e-6), dtype, torch.randn(33, 3, 16), torch.randn(16))
+    agree(lambda x, w, b: ops.layer_norm(x, w, b, 1e-5), dtype,
+          torch.randn(33, 3, 16), torch.randn(16), torch.randn(16))  # fmt: skip
+    for tanh in (False, True):
+        agree(lambda x, t=tanh: ops.gelu(x, t), dtype, torch.randn(33, 48))
     agree(ops.swiglu, dtype, torch.randn(33, 48), torch.randn(33, 48))
     cos, sin = torch.randn(33, 16), torch.randn(33, 16)
     agree(lambda q, k: torch.cat(ops.rotary(q, k, cos.to(q.device), sin.to(q.device)), 1), dtype,
@@ -64,10 +68,11 @@ def test_small_operations(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("lengths", [(64,), (16, 16), (1, 30, 7, 100, 29), (5, 130, 128)])
-def test_documents(dtype: str, lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("lengths", [(64,), (16, 16), (1, 30, 7, 100, 29), (5, 130, 128), (1100, 3)])
+@pytest.mark.parametrize("window", [None, 16, 128])
+def test_documents(dtype: str, lengths: tuple[int, ...], window: int | None) -> None:
     ops, t = ops_for(dtype), sum(lengths)
-    agree(lambda q, k, v: ops.attention(q, k, v, batch_on(lengths, q.device.type)), dtype,
+    agree(lambda q, k, v: ops.attention(q, k, v, batch_on(lengths, q.device.type), None, window), dtype,
           torch.randn(t, 4, 64), torch.randn(t, 2, 64), torch.randn(t, 2, 64))  # fmt: skip
 
 
@@ -81,7 +86,8 @@ def test_loss(dtype: str, ignored: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_decoding(dtype: str) -> None:
+@pytest.mark.parametrize("window", [None, 2])
+def test_decoding(dtype: str, window: int | None) -> None:
     kind, positions = getattr(torch, dtype), torch.tensor([0, 6, 3])
     k, v, q = torch.randn(3, 7, 2, 64).to(kind), torch.randn(3, 7, 2, 64).to(kind), torch.randn(3, 4, 64).to(kind)
 
@@ -90,8 +96,9 @@ def test_decoding(dtype: str) -> None:
             return k.cuda(), v.cuda()
 
     batch = Batch(positions=positions.cuda(), lengths=(1,) * 3, cu_seqlens=torch.arange(4).cuda(), context=7)
-    out = ops_for(dtype).attention(q.cuda(), q[:, :2].cuda(), q[:, :2].cuda(), batch, Cache()).cpu().double()
+    out = ops_for(dtype).attention(q.cuda(), q[:, :2].cuda(), q[:, :2].cuda(), batch, Cache(), window).cpu().double()
     for row, p in enumerate(positions.tolist()):
+        seen = slice(max(0, p + 1 - (window or 7)), p + 1)
         for head in range(4):
-            weights = (k[row, : p + 1, head // 2].double() @ q[row, head].double() / 8).softmax(0)
-            assert (out[row, head] - weights @ v[row, : p + 1, head // 2].double()).abs().max() <= TOLERANCE[dtype] * 3
+            weights = (k[row, seen, head // 2].double() @ q[row, head].double() / 8).softmax(0)
+            assert (out[row, head] - weights @ v[row, seen, head // 2].double()).abs().max() <= TOLERANCE[dtype] * 3

@@ -1,7 +1,8 @@
-"""embedding, linear, rms_norm, rotary, swiglu against float64 definitions written here, and their backwards."""
+"""embedding, linear, the norms, rotary, swiglu, gelu against float64 definitions written here, and their backwards."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -34,6 +35,11 @@ def rms_norm_64(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
+def layer_norm_64(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double() + bias.double()
+
+
 def rotary_64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.double().chunk(2, -1)
     return x.double() * cos.double()[:, None] + torch.cat((-b, a), -1) * sin.double()[:, None]
@@ -42,6 +48,13 @@ def rotary_64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def swiglu_64(gate: Tensor, up: Tensor) -> Tensor:
     gate = gate.double()
     return gate / (1 + (-gate).exp()) * up.double()
+
+
+def gelu_64(x: Tensor, tanh: bool) -> Tensor:
+    x = x.double()
+    if tanh:
+        return 0.5 * x * (1 + ((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh())
+    return 0.5 * x * (1 + (x / 2**0.5).erf())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,6 +107,37 @@ def test_rms_norm_of_zeros_is_zero(make_ops: MakeOps) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("t", "n", "h"), ODD)
+def test_layer_norm(make_ops: MakeOps, dtype: str, t: int, n: int, h: int) -> None:
+    weight, bias = torch.randn(h), torch.randn(h)
+    for x in (randn(t, h, dtype=dtype), randn(t, n, h, dtype=dtype) * 30 + 7, randn(t, h, dtype=dtype) * 1e-2):
+        before = x.clone()
+        out = make_ops(dtype).layer_norm(x, weight, bias, 1e-5)
+        assert out.dtype == x.dtype
+        close(out, layer_norm_64(x, weight, bias, 1e-5), dtype)
+        assert x.equal(before), "inputs are left alone"
+
+
+def test_layer_norm_statistics_are_fp32_for_bf16(make_ops: MakeOps) -> None:
+    """In bf16 the mean of 4,096 values near 100 is off by more than their spread."""
+    x = (100 + torch.arange(4096) % 2).to(torch.bfloat16).repeat(2, 1)
+    out = make_ops("bfloat16").layer_norm(x, torch.ones(4096), torch.zeros(4096), 1e-5)
+    close(out, layer_norm_64(x, torch.ones(4096), torch.zeros(4096), 1e-5), "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (129, 67)])
+def test_gelu(make_ops: MakeOps, dtype: str, tanh: bool, shape: tuple[int, int]) -> None:
+    x = randn(*shape, dtype=dtype) * 4
+    before = x.clone()
+    out = make_ops(dtype).gelu(x, tanh)
+    assert out.dtype == x.dtype
+    close(out, gelu_64(x, tanh), dtype)
+    assert x.equal(before), "inputs are left alone"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("t", "n", "h"), ODD)
 def test_rotary(make_ops: MakeOps, dtype: str, t: int, n: int, h: int) -> None:
     q, k, cos, sin = randn(t, n * 2, h, dtype=dtype), randn(t, n, h, dtype=dtype), torch.randn(t, h), torch.randn(t, h)
     before = q.clone()
@@ -114,12 +158,16 @@ def test_swiglu(make_ops: MakeOps, dtype: str, shape: tuple[int, int]) -> None:
 
 def test_backwards_pass_gradcheck(make_ops: MakeOps) -> None:
     ops = make_ops("float32")
-    x, weight = randn(5, 3, 6).requires_grad_(), randn(6).requires_grad_()
+    x, weight, bias = (randn(*shape).requires_grad_() for shape in ((5, 3, 6), (6,), (6,)))
     assert torch.autograd.gradcheck(partial(ops.rms_norm, eps=1e-5), (x, weight))
     assert torch.autograd.gradcheck(partial(ops.rms_norm, eps=1e-5), (x.detach()[0].requires_grad_(), weight.detach()))
     assert torch.autograd.gradcheck(partial(ops.rms_norm, eps=1e-5), (x.detach(), weight))
     q, k = randn(5, 4, 6).requires_grad_(), randn(5, 2, 6).requires_grad_()
     assert torch.autograd.gradcheck(ops.rotary, (q, k, randn(5, 6), randn(5, 6)))
+    for given in ((x, weight, bias), (x.detach(), weight, bias), (x, weight.detach(), bias.detach())):
+        assert torch.autograd.gradcheck(partial(ops.layer_norm, eps=1e-5), given)
+    for tanh in (False, True):
+        assert torch.autograd.gradcheck(partial(ops.gelu, tanh=tanh), (x,))
     gate, up = randn(5, 7).requires_grad_(), randn(5, 7).requires_grad_()
     assert torch.autograd.gradcheck(ops.swiglu, (gate, up))
     assert torch.autograd.gradcheck(ops.linear, (randn(5, 3).requires_grad_(), randn(4, 3).requires_grad_(), randn(4)))
@@ -139,6 +187,8 @@ def test_gradients_of_layouts_that_are_not_contiguous(make_ops: MakeOps, dtype: 
         (lambda x: ops.rms_norm(x, weight, 1e-6), lambda x: rms_norm_64(x, weight, 1e-6)),
         (lambda x: ops.rotary(x, x, cos, sin)[0], lambda x: rotary_64(x, cos, sin)),
         (lambda x: ops.swiglu(x, x), lambda x: swiglu_64(x, x)),
+        (lambda x: ops.layer_norm(x, weight, weight, 1e-6), lambda x: layer_norm_64(x, weight, weight, 1e-6)),
+        (lambda x: ops.gelu(x, True), lambda x: gelu_64(x, True)),
     ):
         factor = randn(3, 6, 8, dtype=dtype).transpose(0, 1)
         wide.grad = reference.grad = None

@@ -19,7 +19,7 @@ Build = Callable[..., Module]
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_count_is_true(size: str, family: str, tied: bool) -> None:
     model = Preset(size=size, family=family, tied=tied)
@@ -35,7 +35,7 @@ def test_the_count_is_true(size: str, family: str, tied: bool) -> None:
     assert ("lm_head.weight" in parameters) != tied
     assert len(module.blocks) == shape.layers
     assert {name for name in parameters for pattern in module.roles if fnmatch(name, pattern)} == {
-        name for name in parameters if parameters[name].ndim == 2
+        name for name in parameters if parameters[name].ndim == 2 or name.endswith("_proj.bias")
     }
 
 
@@ -71,7 +71,7 @@ def test_weights_have_their_spread() -> None:
         assert model.weight(shape, f"model.{norm}.weight", 0).eq(1).all()
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_opens_the_export(
     build: Build, pack: Callable[..., Batch], tmp_path: Path, family: str, tied: bool

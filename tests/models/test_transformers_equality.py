@@ -1,4 +1,4 @@
-"""The native transformer against transformers: logits, loss and gradients of random small models, and of a real one."""
+"""The native models against transformers: logits, loss and gradients of random small models, and of a real one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,25 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.5}
 
 
+FAMILIES = ["llama", "qwen3", "qwen2", "mistral", "gpt2"]
+
+
 def random_options(model_type: str, seed: int) -> dict[str, Any]:
-    """A small config; every fourth seed has the same rope, every other is tied, biases come and go."""
+    """A small config; every fourth seed has the same rope, every other is tied, biases and windows come and go."""
     draw = random.Random(f"{model_type}{seed}")
+    if model_type == "gpt2":
+        heads = draw.choice([1, 2, 3, 5])
+        return {
+            "vocab_size": draw.randint(30, 90),
+            "n_embd": heads * draw.choice([4, 7, 10]),
+            "n_layer": draw.randint(1, 3),
+            "n_head": heads,
+            "n_inner": draw.choice([None, draw.randint(20, 70)]),
+            "n_positions": draw.randint(90, 128),
+            "activation_function": ["gelu_new", "gelu", "gelu_pytorch_tanh"][seed % 3],
+            "layer_norm_epsilon": draw.choice([1e-5, 1e-6, 1e-3]),
+            "tie_word_embeddings": seed % 2 == 0,
+        }
     kv_heads = draw.choice([1, 2, 3])
     heads = kv_heads * draw.choice([1, 2, 3])
     head_dim = draw.choice([8, 12, 16])
@@ -47,10 +63,23 @@ def random_options(model_type: str, seed: int) -> dict[str, Any]:
     }
     if model_type == "llama":
         options["mlp_bias"] = draw.random() < 0.5
-    return {k: v for k, v in options.items() if v is not None}
+    if model_type == "mistral":
+        options["sliding_window"] = None if seed % 4 == 0 else draw.choice([2, 7, 30, 64])
+    if model_type.startswith("qwen"):
+        options |= {"use_sliding_window": seed % 4 > 0, "sliding_window": draw.choice([2, 7, 30, 64])}
+        options["max_window_layers"] = draw.randint(0, options["num_hidden_layers"])
+        if seed % 4 == 3:
+            kinds = ["full_attention", "sliding_attention"]
+            options["layer_types"] = [draw.choice(kinds) for _ in range(options["num_hidden_layers"])]
+    if model_type == "qwen2":
+        del options["attention_bias"]
+    if model_type in ("qwen2", "mistral") and seed % 3 == 0:  # the size of a head follows from the others
+        del options["head_dim"]
+        options["hidden_size"] = heads * head_dim
+    return {k: v for k, v in options.items() if v is not None or k == "sliding_window"}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("seed", range(12))
 def test_random_models(build: Build, pack: Pack, save_transformers: Save, model_type: str, seed: int) -> None:
     torch.manual_seed(seed)
@@ -89,7 +118,23 @@ def test_random_models(build: Build, pack: Pack, save_transformers: Save, model_
         assert (parameter.grad - expected).abs().max() <= 1e-4 * max(1e-2, float(expected.abs().max())), name
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_another_document_moves_no_bit(build: Build, pack: Pack, save_transformers: Save, model_type: str) -> None:
+    _, folder = save_transformers(model_type, **random_options(model_type, 3))
+    model = Pretrained(path=str(folder))
+    shape = model.shape(30)
+    ours, lengths = build(model, shape), (40, 3, 40, 77)
+    first = torch.randint(0, 30, (sum(lengths),))
+    with torch.no_grad():
+        before = ours(first, pack(*lengths)).split(lengths)
+        for changed in range(len(lengths)):
+            documents = list(first.split(lengths))
+            documents[changed] = (documents[changed] + 1) % 30
+            after = ours(torch.cat(documents), pack(*lengths)).split(lengths)
+            assert [a.equal(b) for a, b in zip(before, after, strict=True)] == [i != changed for i in range(4)]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES[:4])
 @pytest.mark.parametrize("rope", [LINEAR, LLAMA3])
 def test_old_spelling_of_rope(
     build: Build, pack: Pack, save_transformers: Save, model_type: str, rope: dict[str, Any]
@@ -109,8 +154,9 @@ def test_old_spelling_of_rope(
     assert (mine - wanted).abs().max() <= 1e-4 * max(1.0, float(wanted.abs().max()) / 10)
 
 
-def test_bf16_stays_near_fp32(build: Build, pack: Pack, save_transformers: Save) -> None:
-    _, folder = save_transformers("qwen3", **random_options("qwen3", 4))
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_bf16_stays_near_fp32(build: Build, pack: Pack, save_transformers: Save, model_type: str) -> None:
+    _, folder = save_transformers(model_type, **random_options(model_type, 5))
     model = Pretrained(path=str(folder))
     shape, tokens = model.shape(30), torch.randint(0, 30, (64,))
     exact, rounded = (build(model, shape, dtype)(tokens, pack(40, 24)).detach() for dtype in ("float32", "bfloat16"))

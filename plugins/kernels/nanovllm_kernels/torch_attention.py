@@ -3,7 +3,8 @@
 Documents are laid as rows of a batch: at once when all have one length (no copy), else in groups of like length,
 padded at the end to the longest of the group. A causal query never sees what comes after it, so the padding needs no
 mask, and no value crosses a document's border. A group's lengths differ by at most an eighth (or 8 tokens), which
-bounds the waste; a mask over the packed batch would cost attention of all tokens to all.
+bounds the waste; a mask over the packed batch would cost attention of all tokens to all. A sliding window is only looked
+at where a document is longer (`torch_causal`): to the others it is the whole past.
 """
 
 from __future__ import annotations
@@ -17,48 +18,61 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nanovllm_core.contracts import KV, Batch
-from nanovllm_kernels.torch_causal import CausalCpu
+from nanovllm_kernels.torch_causal import BlockwiseCausal
 
 SLACK = 8  # lengths of a group differ by 8 tokens or by an eighth
 
 
-def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, kv: KV | None = None) -> Tensor:
-    """Causal attention within each document, [T, N, H]; with `kv`, one new token a sequence over all before it."""
+def attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, kv: KV | None = None, window: int | None = None
+) -> Tensor:
+    """Causal attention within each document, [T, N, H]; with `kv`, one new token a sequence over all before it.
+
+    With `window` a token sees itself and the window - 1 tokens before it (Child et al., 2019; Jiang et al., 2023).
+    """
     if kv is not None:
         cached = kv.update(k_TKH, v_TKH, batch)
         if cached is not None:
-            return _decode(q_TNH, *cached, batch)
-    return _documents(q_TNH, k_TKH, v_TKH, batch.lengths)
+            return _decode(q_TNH, *cached, batch, window)
+    return _documents(q_TNH, k_TKH, v_TKH, batch.lengths, window)
 
 
-def _decode(q_BNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, batch: Batch) -> Tensor:
+def _decode(q_BNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, batch: Batch, window: int | None) -> Tensor:
     """One query a sequence. The G = N / K query heads of a key head stand as G query rows, so nothing is repeated."""
     b, n, h = q_BNH.shape
     s, kv_heads = k_BSKH.shape[1:3]
-    mask: Tensor | None = None
+    first, mask = 0, None
     # On a CPU looking costs nothing and a mask costs a slower kernel; on a GPU looking would wait for the device.
-    if q_BNH.device.type != "cpu" or int(batch.positions.min()) + 1 < s:
-        reach_S = torch.arange(s, device=q_BNH.device)
-        mask = (reach_S <= batch.positions[:, None])[:, None, None, :]
+    shortest = int(batch.positions.min()) + 1 if q_BNH.device.type == "cpu" else 0
+    if window is not None:
+        first = max(0, shortest - window)
+    if shortest < s:
+        reach_S, last_B1 = torch.arange(first, s, device=q_BNH.device), batch.positions[:, None]
+        mask = reach_S <= last_B1
+        if window is not None:
+            mask &= reach_S > last_B1 - window
+        mask = mask[:, None, None, :]
     q_BKGH = q_BNH.view(b, kv_heads, n // kv_heads, h)
-    o_BKGH = scaled_dot_product_attention(q_BKGH, k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2), attn_mask=mask)
+    k_BKSH, v_BKSH = (x[:, first:].transpose(1, 2) for x in (k_BSKH, v_BSKH))
+    o_BKGH = scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=mask)
     return o_BKGH.reshape(b, n, h)
 
 
-def _documents(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _documents(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
     if len(set(lengths)) == 1:
-        return _causal(q_TNH, k_TKH, v_TKH, len(lengths))
+        return _causal(q_TNH, k_TKH, v_TKH, len(lengths), window)
     plan = _plan(lengths, q_TNH.device)
     spread = (_Spread.apply(x, plan.index_T, sum(plan.rows)).split(plan.rows) for x in (q_TNH, k_TKH, v_TKH))
-    grouped = [_causal(q, k, v, n) for q, k, v, n in zip(*spread, plan.documents, strict=True)]
+    grouped = [_causal(q, k, v, n, window) for q, k, v, n in zip(*spread, plan.documents, strict=True)]
     return _Collect.apply(torch.cat(grouped), plan.index_T)
 
 
-def _causal(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: int) -> Tensor:
+def _causal(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: int, window: int | None) -> Tensor:
     """`documents` documents of one length, end to end."""
+    slides = window is not None and window < len(q_TNH) // documents
     q_DLNH, k_DLKH, v_DLKH = (x.view(documents, -1, *x.shape[1:]) for x in (q_TNH, k_TKH, v_TKH))
-    if q_TNH.device.type == "cpu" and q_TNH.dtype == torch.bfloat16:
-        return CausalCpu.apply(q_DLNH, k_DLKH, v_DLKH).view(q_TNH.shape)
+    if slides or (q_TNH.device.type == "cpu" and q_TNH.dtype == torch.bfloat16):
+        return BlockwiseCausal.apply(q_DLNH, k_DLKH, v_DLKH, window if slides else None).view(q_TNH.shape)
     q, k, v = (x.transpose(1, 2) for x in (q_DLNH, k_DLKH, v_DLKH))
     o = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return o.transpose(1, 2).reshape(q_TNH.shape)

@@ -11,8 +11,8 @@ from attrs.validators import ge, in_, instance_of, optional
 from nanovllm_core.contracts import Accept, Module, Ops, Shape, Verdict
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hookspecs import hookimpl
-from nanovllm_models.config import OPERATIONS, Rope, TransformerConfig, parameter_count, parameter_shapes
-from nanovllm_models.families import to_huggingface
+from nanovllm_models.config import Rope, TransformerConfig, outline
+from nanovllm_models.families.llama import ARCHITECTURES, to_huggingface
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class Preset:
     """A new transformer of a preset size, from random weights.
 
     size: tiny (hidden 256, 4 layers, 4 heads), small (512, 8, 8), medium (1024, 16, 16) or large (2048, 24, 32)
-    family: the architecture that other tools see it as: qwen3 or llama
+    family: the architecture that other tools see it as: qwen3, qwen2, llama or mistral
     tied: the output layer shares the embedding's weights
     kv_heads: key/value heads; null means half of the heads
     intermediate: width of the MLP; null means three times hidden
@@ -40,7 +40,7 @@ class Preset:
     """
 
     size: str = field(default="small", validator=in_(tuple(SIZES)))
-    family: str = field(default="qwen3", validator=in_(("qwen3", "llama")))
+    family: str = field(default="qwen3", validator=in_(tuple(ARCHITECTURES)))
     tied: bool = True
     kv_heads: int | None = field(default=None, validator=optional([instance_of(int), ge(1)]))
     intermediate: int | None = field(default=None, validator=optional([instance_of(int), ge(1)]))
@@ -68,12 +68,7 @@ class Preset:
 
     @hookimpl
     def build(self, shape: Shape, ops: Ops) -> Module:
-        import torch
-
-        from nanovllm_models.transformer import Transformer
-
-        with torch.device("meta"):
-            return Transformer(self._config(shape.vocab_size), ops)
+        return self._config(shape.vocab_size).build(ops)
 
     @hookimpl
     def weight(self, shape: Shape, name: str, seed: int) -> Tensor:
@@ -83,7 +78,7 @@ class Preset:
 
         import torch
 
-        shapes = parameter_shapes(self._config(shape.vocab_size))
+        shapes = self._config(shape.vocab_size).parameter_shapes()
         if name not in shapes:
             raise ModelError(f"model preset: has no parameter {name!r}")
         if name.endswith("norm.weight"):
@@ -116,22 +111,3 @@ class Preset:
             norm_eps=1e-6,
             rope=Rope(theta=10_000.0),
         )
-
-
-def outline(c: TransformerConfig, *, dtype: str) -> Shape:
-    """A config's Shape."""
-    return Shape(
-        family=c.family,
-        vocab_size=c.vocab_size,
-        layers=c.layers,
-        hidden=c.hidden,
-        heads=c.heads,
-        kv_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        intermediate=c.intermediate,
-        tied=c.tied,
-        max_positions=c.max_positions,
-        parameters=parameter_count(c),
-        operations=OPERATIONS,
-        dtype=dtype,
-    )

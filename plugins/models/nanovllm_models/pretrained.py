@@ -1,4 +1,4 @@
-"""The `pretrained` model: a Hugging Face model folder of a supported family, on the native transformer."""
+"""The `pretrained` model: a Hugging Face model folder of a supported family, on a native module."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from attrs import frozen
 from nanovllm_core.contracts import Accept, ModelRef, Module, Ops, Refuse, Shape, Verdict
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hookspecs import hookimpl
-from nanovllm_models.config import TransformerConfig, parameter_shapes
+from nanovllm_models.config import HEAD, ModelConfig, outline
 from nanovllm_models.families import from_huggingface
 from nanovllm_models.opening import Opened, config_of, open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
 
 @frozen(kw_only=True, eq=False)
 class Pretrained:
-    """A pretrained model of the Llama or Qwen3 family, from a folder, a .gguf file or the Hugging Face hub.
+    """A pretrained Llama, Mistral, Qwen2, Qwen3 or GPT-2, from a folder, a .gguf file or the Hugging Face hub.
 
     path: the model's folder or .gguf file (relative ones count from the recipe's folder), or its hub name, such as
       Qwen/Qwen3-0.6B
@@ -36,7 +34,7 @@ class Pretrained:
             c = self._config(config_of(self.path))
         except ModelError as e:
             return Refuse(str(e))
-        return Accept(0, f"{c.family} on the native transformer")
+        return Accept(0, "; ".join((f"{c.family} on a native module", *c.remarks)))
 
     @hookimpl
     def tokenizer(self) -> Mapping[str, Any]:
@@ -45,8 +43,6 @@ class Pretrained:
     @hookimpl
     def shape(self, vocab_size: int) -> Shape:
         """The outline of the folder's model, after comparing the tensors that it holds with those that it should."""
-        from nanovllm_models.preset import outline
-
         folder = self._folder()
         c = self._config(folder.config)
         if vocab_size > c.vocab_size:
@@ -59,12 +55,7 @@ class Pretrained:
 
     @hookimpl
     def build(self, shape: Shape, ops: Ops) -> Module:
-        import torch
-
-        from nanovllm_models.transformer import Transformer
-
-        with torch.device("meta"):
-            return Transformer(self._config(self._folder().config), ops)
+        return self._config(self._folder().config).build(ops)
 
     @hookimpl
     def weight(self, shape: Shape, name: str, seed: int) -> Tensor:
@@ -72,15 +63,17 @@ class Pretrained:
         import torch
 
         folder = self._folder()
-        expected = parameter_shapes(self._config(folder.config)).get(name)
+        c = self._config(folder.config)
+        expected, stored = c.parameter_shapes().get(name), c.stored(folder.names())
         if expected is None:
             raise ModelError(f"{self.path}: this model has no parameter {name!r}")
-        if folder.shape(name) != expected:
-            raise self._misshapen(folder, name, expected)
-        tensor = folder.tensor(name)
-        if shape.tied and name == EMBEDDING and HEAD in folder.names() and not torch.equal(tensor, folder.tensor(HEAD)):
+        source = stored.get(name, name)
+        if folder.shape(source) != expected:
+            raise self._misshapen(folder, source, expected)
+        tensor = folder.tensor(source)
+        if shape.tied and name == c.EMBEDDING and HEAD in stored and not torch.equal(tensor, folder.tensor(HEAD)):
             raise ModelError(
-                f"{self.path}: config.json says tie_word_embeddings, but {HEAD} and {EMBEDDING} are stored and differ. "
+                f"{self.path}: config.json says tie_word_embeddings, but {HEAD} and {source} are stored and differ. "
                 "Set tie_word_embeddings to false in config.json if the output layer was trained apart"
             )
         return tensor
@@ -92,25 +85,25 @@ class Pretrained:
     def _folder(self) -> Opened:
         return open_model(self.path)
 
-    def _config(self, config: Mapping[str, Any]) -> TransformerConfig:
+    def _config(self, config: Mapping[str, Any]) -> ModelConfig:
         try:
             return from_huggingface(config)
         except ModelError as e:
             raise ModelError(f"{self.path}: {e}") from None
 
-    def _compare(self, folder: Opened, c: TransformerConfig) -> None:
-        expected, held = parameter_shapes(c), set(folder.names())
-        missing = [name for name in expected if name not in held]
+    def _compare(self, folder: Opened, c: ModelConfig) -> None:
+        expected, stored = c.parameter_shapes(), c.stored(folder.names())
+        missing = [name for name in expected if name not in stored]
         known = {*expected, HEAD} if c.tied else set(expected)
-        unknown = sorted(name for name in held - known if not name.endswith("rotary_emb.inv_freq"))
+        unknown = sorted(stored[name] for name in stored.keys() - known)
         if missing or unknown:
             raise ModelError(
                 f"{self.path}: its tensors are not those of a {c.family} model with {c.layers} layers. "
                 f"Missing: {_some(missing)}. Unknown: {_some(unknown)}"
             )
         for name, wanted in expected.items():
-            if folder.shape(name) != wanted:
-                raise self._misshapen(folder, name, wanted)
+            if folder.shape(stored[name]) != wanted:
+                raise self._misshapen(folder, stored[name], wanted)
 
     def _misshapen(self, folder: Opened, name: str, wanted: tuple[int, ...]) -> ModelError:
         return ModelError(

@@ -1,4 +1,4 @@
-"""The native decoder-only transformer of the Llama and Qwen3 families (`contracts.Module`).
+"""The native decoder-only transformer of the Llama, Mistral, Qwen2 and Qwen3 families (`contracts.Module`).
 
 It is only wiring: every operation is a callable of `Ops`, on plain local tensors of packed documents. Parameters have
 the Hugging Face names, so loading and export are copies; tied weights are one Parameter, under the embedding's name.
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from nanovllm_core.contracts import KV, Batch, Ops
 from nanovllm_models.config import TransformerConfig
+from nanovllm_models.modules import Weights, logits_or_loss
 from nanovllm_models.rope import cos_sin
 
 ROLES: Mapping[str, str] = {
@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         self.config, self.ops, self.roles = config, ops, ROLES
         self.model = _Body(config, ops)
         if not config.tied:
-            self.lm_head = _Weights(config.vocab_size, config.hidden)
+            self.lm_head = Weights(config.vocab_size, config.hidden)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -48,9 +48,7 @@ class Transformer(nn.Module):
         """tokens [T] int64. With targets [T]: the summed loss, fp32 scalar. Else fp32 logits [n, V] of `batch.select`."""
         x_TC = self.model(tokens, batch, kv)
         head_VC = self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
-        if targets is not None:
-            return self.ops.linear_cross_entropy(x_TC, head_VC, targets)
-        return self.ops.linear(x_TC if batch.select is None else x_TC[batch.select], head_VC, None).float()
+        return logits_or_loss(self.ops, x_TC, head_VC, batch, targets)
 
 
 class _Body(nn.Module):
@@ -59,9 +57,9 @@ class _Body(nn.Module):
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
         self.config, self.ops = config, ops
-        self.embed_tokens = _Weights(config.vocab_size, config.hidden)
-        self.layers = nn.ModuleList(_Block(config, ops) for _ in range(config.layers))
-        self.norm = _Weights(config.hidden)
+        self.embed_tokens = Weights(config.vocab_size, config.hidden)
+        self.layers = nn.ModuleList(_Block(config, ops, window) for window in config.windows or (None,) * config.layers)
+        self.norm = Weights(config.hidden)
 
     def forward(self, tokens: Tensor, batch: Batch, kv: Sequence[KV] | None) -> Tensor:
         cos_TH, sin_TH = cos_sin(self.config.rope, self.config.head_dim, batch.positions)
@@ -75,12 +73,12 @@ class _Body(nn.Module):
 class _Block(nn.Module):
     """Attention, then MLP, each behind a norm and added to its input."""
 
-    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+    def __init__(self, config: TransformerConfig, ops: Ops, window: int | None) -> None:
         super().__init__()
         self.eps, self.ops = config.norm_eps, ops
-        self.input_layernorm = _Weights(config.hidden)
-        self.self_attn = _Attention(config, ops)
-        self.post_attention_layernorm = _Weights(config.hidden)
+        self.input_layernorm = Weights(config.hidden)
+        self.self_attn = _Attention(config, ops, window)
+        self.post_attention_layernorm = Weights(config.hidden)
         self.mlp = _MLP(config, ops)
 
     def forward(self, x_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, batch: Batch, kv: KV | None) -> Tensor:
@@ -91,16 +89,16 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+    def __init__(self, config: TransformerConfig, ops: Ops, window: int | None) -> None:
         super().__init__()
-        self.head_dim, self.eps, self.ops = config.head_dim, config.norm_eps, ops
+        self.head_dim, self.eps, self.window, self.ops = config.head_dim, config.norm_eps, window, ops
         query, cache = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = _Weights(query, config.hidden, bias=config.attention_bias)
-        self.k_proj = _Weights(cache, config.hidden, bias=config.attention_bias)
-        self.v_proj = _Weights(cache, config.hidden, bias=config.attention_bias)
-        self.o_proj = _Weights(config.hidden, query, bias=config.attention_bias)
-        self.q_norm = _Weights(config.head_dim) if config.qk_norm else None
-        self.k_norm = _Weights(config.head_dim) if config.qk_norm else None
+        self.q_proj = Weights(query, config.hidden, bias=config.qkv_bias)
+        self.k_proj = Weights(cache, config.hidden, bias=config.qkv_bias)
+        self.v_proj = Weights(cache, config.hidden, bias=config.qkv_bias)
+        self.o_proj = Weights(config.hidden, query, bias=config.attention_bias)
+        self.q_norm = Weights(config.head_dim) if config.qk_norm else None
+        self.k_norm = Weights(config.head_dim) if config.qk_norm else None
 
     def forward(self, x_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, batch: Batch, kv: KV | None) -> Tensor:
         ops, heads = self.ops, (x_TC.shape[0], -1, self.head_dim)  # -1: a tensor-parallel rank holds part of the heads
@@ -111,7 +109,7 @@ class _Attention(nn.Module):
             q_TNH = ops.rms_norm(q_TNH, self.q_norm.weight, self.eps)
             k_TKH = ops.rms_norm(k_TKH, self.k_norm.weight, self.eps)
         q_TNH, k_TKH = ops.rotary(q_TNH, k_TKH, cos_TH, sin_TH)
-        o_TNH = ops.attention(q_TNH, k_TKH, v_TKH, batch, kv)
+        o_TNH = ops.attention(q_TNH, k_TKH, v_TKH, batch, kv, self.window)
         return ops.linear(o_TNH.flatten(1), self.o_proj.weight, self.o_proj.bias)
 
 
@@ -119,20 +117,11 @@ class _MLP(nn.Module):
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
-        self.gate_proj = _Weights(config.intermediate, config.hidden, bias=config.mlp_bias)
-        self.up_proj = _Weights(config.intermediate, config.hidden, bias=config.mlp_bias)
-        self.down_proj = _Weights(config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.gate_proj = Weights(config.intermediate, config.hidden, bias=config.mlp_bias)
+        self.up_proj = Weights(config.intermediate, config.hidden, bias=config.mlp_bias)
+        self.down_proj = Weights(config.hidden, config.intermediate, bias=config.mlp_bias)
 
     def forward(self, x_TC: Tensor) -> Tensor:
         gate = self.ops.linear(x_TC, self.gate_proj.weight, self.gate_proj.bias)
         up = self.ops.linear(x_TC, self.up_proj.weight, self.up_proj.bias)
         return self.ops.linear(self.ops.swiglu(gate, up), self.down_proj.weight, self.down_proj.bias)
-
-
-class _Weights(nn.Module):
-    """Parameters under their Hugging Face name; what is done with them is an operation's business."""
-
-    def __init__(self, *shape: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
