@@ -157,14 +157,12 @@ def _init(args: argparse.Namespace) -> int:
 
 def _make_plan(args: argparse.Namespace) -> Plan:
     from nanovllm_core.recipe import Recipe
-    from nanovllm_core.registry import Registry
 
     recipe = Recipe.load(args.recipe, sets=args.sets)
-    registry = Registry.from_environment(without=args.without)
-    from nanovllm_core.machine import Machine  # torch comes only after the recipe is known to be well-formed
     from nanovllm_core.plan import make_plan
+    from nanovllm_core.registry import Registry
 
-    return make_plan(recipe, registry, Machine.detect())
+    return make_plan(recipe, Registry.from_environment(without=args.without))
 
 
 def _run(args: argparse.Namespace) -> int:

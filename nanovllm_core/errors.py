@@ -89,3 +89,13 @@ def nearest(given: str, known: Iterable[str]) -> str:
 def listed(names: Iterable[str]) -> str:
     """Names for an error message: sorted, comma-separated, or `none`."""
     return ", ".join(sorted(names)) or "none"
+
+
+def reason(error: BaseException) -> str:
+    """A stranger's exception in one line of bounded length: `ValueError: no licence file`."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # its __str__ fails too
+        text = ""
+    text = text if len(text) <= 500 else f"{text[:500]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
