@@ -16,6 +16,7 @@ from nanovllm_core.errors import NanoError
 
 if TYPE_CHECKING:
     from nanovllm_core.plan import Plan
+    from nanovllm_core.registry import Row
 
 START = """\
 start here:
@@ -36,6 +37,12 @@ examples:
   nanovllm run recipe.yaml --set model.size=small
   nanovllm run recipe.yaml --without readers:jsonl
 
+"""
+
+PLUGINS = """\
+The state of a component is `ok`, `collision` (write distribution/name in a recipe) or `broken` (with the reason; fatal only
+for a recipe that names it). --check loads each in a process of its own: it survives what ends or hangs a process, tells
+seconds and what heavy packages came along, and exits with 1 when a component is broken.
 """
 
 
@@ -99,11 +106,24 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(command=command)
 
-    plugins = commands.add_parser("plugins", help="list the installed components, or show one and its options")
+    plugins = commands.add_parser(
+        "plugins",
+        help="list the installed components, or show one and its options",
+        formatter_class=raw,
+        description=PLUGINS,
+    )
     plugins.add_argument(
         "component", nargs="?", metavar="KIND:NAME", help="show this component's options, e.g. tokenizers:bpe"
     )
     plugins.add_argument("--json", action="store_true", help="a list of objects, for tools")
+    plugins.add_argument("--check", action="store_true", help="load each component in a process of its own")
+    plugins.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="longest import of one component (default: 10)",
+    )
     plugins.set_defaults(command=_plugins)
 
     generate = commands.add_parser("generate", help="continue prompts with a trained model")
@@ -182,26 +202,38 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _plugins(args: argparse.Namespace) -> int:
+    from nanovllm_core.manual import describe_component, rows_table
     from nanovllm_core.registry import Registry
 
-    registry = Registry.from_environment()
-    if args.component:
-        from nanovllm_core.manual import describe_component
+    registry = Registry.from_environment(timeout=args.timeout)
+    rows: Sequence[Row]
+    if args.check:
+        from nanovllm_core.check import check
 
+        entries = registry.entries if args.component is None else [registry.labelled(args.component)]
+        rows = check(registry, entries)
+    elif args.component is not None:
         print(describe_component(registry, args.component), end="")
         return 0
-    rows = registry.rows()
+    else:
+        rows = registry.rows()
     if args.json:
         from attrs import asdict
 
         print(json.dumps([asdict(row) for row in rows], indent=1))
-        return 0
-    cells = [("KIND", "NAME", "FROM", "STATE", "SUMMARY")]
-    cells += [(r.kind, r.name, f"{r.distribution} {r.version}".rstrip(), r.state, r.summary) for r in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
-    for row in cells:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip())
-    return 0
+    else:
+        print(rows_table(rows), end="")
+    return 1 if args.check and any(row.state == "broken" for row in rows) else 0
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds above 0")
+    return value
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from nanovllm_core.errors import UnknownComponent, listed
-from nanovllm_core.hookspecs import SPECS
 from nanovllm_core.options import Option, describe
 from nanovllm_core.recipe import Data, Generate, Recipe, Train
-from nanovllm_core.registry import Registry
+from nanovllm_core.registry import Registry, Row
 
 SECTIONS = {"data": Data, "train": Train, "generate": Generate}
 
@@ -29,10 +27,7 @@ def keys_help() -> str:
 
 def describe_component(registry: Registry, label: str) -> str:
     """One component (`KIND:NAME`): where it comes from, what it does, its options."""
-    kind, colon, name = label.partition(":")
-    if not colon or kind not in SPECS:
-        raise UnknownComponent(f"{label}: give KIND:NAME, e.g. tokenizers:bpe (kinds: {listed(SPECS)})")
-    entry = registry.find(kind, name)
+    entry = registry.labelled(label)
     loaded = registry.load(entry)
     cls = loaded if isinstance(loaded, type) else type(loaded)
     options = describe(cls)
@@ -41,6 +36,18 @@ def describe_component(registry: Registry, label: str) -> str:
     head = f"{entry.label} from {entry.distribution} {entry.version}".rstrip()
     table = list(_table(options, indent=2)) or ["  none"]
     return "\n".join([head, "", "\n".join(prose).strip(), "", "options:", *table]) + "\n"
+
+
+def rows_table(rows: Sequence[Row]) -> str:
+    """The lines of `nanovllm plugins`, in columns. What a stranger wrote cannot move the cursor."""
+    last = [name for name in ("seconds", "summary") if rows and hasattr(rows[0], name)]
+    cells = [("KIND", "NAME", "FROM", "STATE", *(name.upper() for name in last))]
+    for r in rows:
+        values = (r.kind, r.name, f"{r.distribution} {r.version}", r.state, *(getattr(r, name) for name in last))
+        cells.append(tuple("".join(c if c.isprintable() else "?" for c in str(v)).strip() or "-" for v in values))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
+    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in cells]
+    return "\n".join(lines) + "\n"
 
 
 def _table(options: Iterable[Option], indent: int) -> Iterator[str]:

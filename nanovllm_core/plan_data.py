@@ -39,8 +39,11 @@ class DataPlan:
         texts = [f"{n} files of kind {s or '(no suffix)'} are left out: no reader takes them" for s, n in unknown]
         if odd := self.documents.all.odd:
             texts.append(f"{len(odd)} entries are left out, neither file nor folder: {', '.join(odd[:3])}")
-        if texts:  # else nothing is missed for want of these
-            texts += [f"reader {name}: {why}; it may be what should read them" for name, why in self.faults]
+        if texts and self.faults:  # else nothing is missed for want of these
+            names, (name, why) = ", ".join(name or "(no name)" for name, _ in self.faults[:3]), self.faults[0]
+            more = f" and {len(self.faults) - 3} more" if len(self.faults) > 3 else ""
+            one = f"reader {name} might take them, but is broken: {why}"
+            texts.append(one if len(self.faults) == 1 else f"readers that might take them are broken: {names}{more}")
         return tuple(texts)
 
 

@@ -8,7 +8,7 @@ system allows it (`timelimit`); what a module prints while it is imported goes t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -114,6 +114,13 @@ class Registry:
         close = nearest(name, {e.full_name for e in self.of_kind(kind)} if "/" in name else known)
         raise UnknownComponent(f"nothing installed in {kind} is named {name!r}{close} (installed: {listed(known)})")
 
+    def labelled(self, label: str) -> Entry:
+        """The one entry that `KIND:NAME` says. Raises UnknownComponent or AmbiguousComponent."""
+        kind, colon, name = label.partition(":")
+        if not colon or kind not in SPECS:
+            raise UnknownComponent(f"{label}: give KIND:NAME, e.g. tokenizers:bpe (kinds: {listed(SPECS)})")
+        return self.find(kind, name)
+
     def load(self, entry: Entry) -> Any:
         """The component's class (or the instance that was given). Raises BrokenComponent with the reason."""
         source = entry.source
@@ -144,12 +151,17 @@ class Registry:
         """Every component with its state; imports the (light) classes."""
         return [self.row(e) for e in self.entries]
 
-    def row(self, entry: Entry) -> Row:
-        """One component with its state; imports its class."""
-        state, summary = "ok", ""
+    def summary(self, entry: Entry) -> str:
+        """The first line of its docstring; imports its class. Raises BrokenComponent."""
+        loaded = self.load(entry)
+        text = (loaded if isinstance(loaded, type) else type(loaded)).__doc__
+        return text.strip().partition("\n")[0] if isinstance(text, str) else ""
+
+    def row(self, entry: Entry, load: Callable[[], str] | None = None) -> Row:
+        """One component with its state; `load` gives its summary or raises BrokenComponent, else it is imported here."""
+        state = "ok"
         try:
-            loaded = self.load(entry)
-            summary = summary_of(loaded if isinstance(loaded, type) else type(loaded))
+            summary = load() if load else self.summary(entry)
         except BrokenComponent as error:
             state, summary = "broken", str(error)
         others = [
@@ -172,18 +184,12 @@ def _check(kind: str, source: Any) -> None:
     """Raise BrokenComponent for a class that cannot be what its kind needs, or an instance of one."""
     cls = source if isinstance(source, type) else type(source)
     try:
-        problem = verify(kind, cls)
-        if not problem and cls is source:
+        if problem := verify(kind, cls):
+            raise BrokenComponent(f"{cls.__name__} {problem}")
+        if cls is source:
             for a, _ in options_of(cls):
                 default_of(cls, a)
     except BrokenComponent:
         raise
-    except Exception as e:  # a class can fail at being looked at
-        problem = f"cannot be looked at ({reason(e)})"
-    if problem:
-        raise BrokenComponent(f"{cls.__name__} {problem}")
-
-
-def summary_of(cls: type) -> str:
-    """The first line of a component's docstring."""
-    return (cls.__doc__ or "").strip().partition("\n")[0] if isinstance(cls.__doc__, str) else ""
+    except Exception as e:  # a metaclass can make all of this fail
+        raise BrokenComponent(f"its class cannot be looked at ({reason(e)})") from e
