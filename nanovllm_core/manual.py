@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from types import MappingProxyType
 
 from nanovllm_core.options import Option, describe
 from nanovllm_core.recipe import Data, Generate, Recipe, Train
 from nanovllm_core.registry import Registry, Row
 
-SECTIONS = {"data": Data, "train": Train, "generate": Generate}
+SECTIONS = MappingProxyType({"data": Data, "train": Train, "generate": Generate})
 
 
 def keys_help() -> str:

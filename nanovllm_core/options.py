@@ -13,6 +13,7 @@ import typing
 from collections import abc
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
@@ -21,11 +22,13 @@ from attrs import NOTHING, frozen
 from nanovllm_core.contracts import ModelRef
 from nanovllm_core.errors import BrokenComponent, nearest, reason
 
-INTERNAL = {"internal": True}
+INTERNAL = MappingProxyType({"internal": True})
 """Metadata of a field that is no option: it can neither be written in a recipe nor is it shown."""
 
-_NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", type(None): "null", Path: "path"}
-_NAMES |= {list: "list", tuple: "list", dict: "mapping", object: "anything"}
+_NAMES = MappingProxyType(
+    {bool: "true or false", int: "integer", float: "number", str: "string", type(None): "null", Path: "path"}
+    | {list: "list", tuple: "list", dict: "mapping", object: "anything"}
+)
 
 
 # ---------------------------------------------------------------- validators

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -36,17 +37,19 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.+@-]*( [A-Za-z0-9_/.+@-]+)*")  # strings that need no quotes
 _ESCAPED = re.compile('[\\x00-\\x1f"\\\\\\x7f-\\xa0\u2028\u2029\ufeff\ufffe\uffff]')
-_SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-_HINTS = {  # part of PyYAML's message -> how to mend it
-    r"character '\t'": "a tab; indent and separate with spaces",
-    "mapping values are not allowed": "the indentation is off, or a value holds ': ' and needs quotes",
-    "while scanning an alias": "aliases are not allowed; put quotes around a string that begins with '*'",
-    "while scanning an anchor": "anchors are not allowed; put quotes around a string that begins with '&'",
-    "that cannot start any token": "put quotes around a string that begins with this character",
-    "found unexpected end of stream": "a quote that is not closed",
-    "while parsing a flow": "a bracket that is not closed, or a comma is missing",
-    "could not find expected ':'": "a line that is neither `key: value` nor `- item`",
-}
+_SHORT = MappingProxyType({'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"})
+_HINTS = MappingProxyType(
+    {  # part of PyYAML's message -> how to mend it
+        r"character '\t'": "a tab; indent and separate with spaces",
+        "mapping values are not allowed": "the indentation is off, or a value holds ': ' and needs quotes",
+        "while scanning an alias": "aliases are not allowed; put quotes around a string that begins with '*'",
+        "while scanning an anchor": "anchors are not allowed; put quotes around a string that begins with '&'",
+        "that cannot start any token": "put quotes around a string that begins with this character",
+        "found unexpected end of stream": "a quote that is not closed",
+        "while parsing a flow": "a bracket that is not closed, or a comma is missing",
+        "could not find expected ':'": "a line that is neither `key: value` nor `- item`",
+    }
+)
 
 
 @frozen
