@@ -1,4 +1,4 @@
-"""The command line: `nanovllm init | run | explain | plugins | generate`.
+"""The command line: `nanovllm init | run | explain | plugins | schema | generate`.
 
 Thin: parse, call the core, print. A user's mistake is one message on standard error and exit code 2.
 """
@@ -43,6 +43,16 @@ PLUGINS = """\
 The state of a component is `ok`, `collision` (write distribution/name in a recipe) or `broken` (with the reason; fatal only
 for a recipe that names it). --check loads each in a process of its own: it survives what ends or hangs a process, tells
 seconds and what heavy packages came along, and exits with 1 when a component is broken.
+"""
+
+SCHEMA = """\
+What a recipe may hold, with every installed component and its options: an editor with a YAML language server completes
+and checks by it. Save it, and name it in the recipe's first line:
+
+  nanovllm schema > recipe.schema.json
+  # yaml-language-server: $schema=recipe.schema.json
+
+Make it anew after installing or removing components. Broken ones are left out.
 """
 
 
@@ -125,6 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         help="longest import of one component (default: 10)",
     )
     plugins.set_defaults(command=_plugins)
+
+    schema = commands.add_parser(
+        "schema", help="print the JSON Schema of recipes, for editors", formatter_class=raw, description=SCHEMA
+    )
+    schema.set_defaults(command=_schema)
 
     generate = commands.add_parser("generate", help="continue prompts with a trained model")
     generate.add_argument("folder", help="a run's output_dir, any model folder of a supported family, or a hub name")
@@ -224,6 +239,17 @@ def _plugins(args: argparse.Namespace) -> int:
     else:
         print(rows_table(rows), end="")
     return 1 if args.check and any(row.state == "broken" for row in rows) else 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from nanovllm_core.registry import Registry
+    from nanovllm_core.schema import schema
+
+    made, broken = schema(Registry.from_environment())
+    print(json.dumps(made, indent=1, ensure_ascii=False))
+    if broken:
+        print(f"nanovllm: {len(broken)} broken components are left out; `nanovllm plugins` says why", file=sys.stderr)
+    return 0
 
 
 def _seconds(text: str) -> float:

@@ -165,7 +165,7 @@ def public(component: object) -> dict[str, Any]:
     """A component's options as plain data to be written down: what its name calls a secret becomes `***`."""
     if not attrs.has(type(component)):
         return {}
-    return {a.name: without_secrets(_plain(getattr(component, a.name)), a.name) for a, _ in options_of(type(component))}
+    return {a.name: without_secrets(plain(getattr(component, a.name)), a.name) for a, _ in options_of(type(component))}
 
 
 SECRET = re.compile(r"(.*_)?(api_?key|secret|password|passwd|credentials?|access_?key|token)", re.IGNORECASE)
@@ -180,16 +180,16 @@ def without_secrets(value: Any, key: str = "") -> Any:
     return "***" if isinstance(value, str) and SECRET.fullmatch(key) else value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON data; what has none becomes its type's name, which unlike a representation is the same in every process."""
     if isinstance(value, Path):
         return str(value)
     if attrs.has(type(value)):
-        return {a.name: _plain(getattr(value, a.name)) for a in attrs.fields(type(value)) if a.init}
+        return {a.name: plain(getattr(value, a.name)) for a in attrs.fields(type(value)) if a.init}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if value is None or isinstance(value, str | int | float):
         return value
     return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -406,6 +406,42 @@ def test_a_mistake_is_one_message_with_its_place_and_exit_code_2(told, name):
     assert not torch or name in NEED_TORCH
 
 
+UNSEEN = {  # by a schema: it knows no files, no machine, no two options together, no validator of one's own
+    "empty", "comments only", "no model", "no data", "null model", "overlap", "longer than the model", "empty stop",
+    "options that do not go together", "option's own check", "option of no reader", "refusing model", "refusing kernel",
+    "refusing strategy", "kernel for what the model leaves out", "no such documents", "zero byte in a path", "long path",
+    "no such model folder", "a file for a model folder", "empty model folder", "empty name of a model",
+    "long path of a model", "no such tokenizer folder", "output is a file", "output under a file",
+    "output holds the documents", "output is the documents", "home of nobody",
+    "size 5e2",  # to a schema 500.0 is an integer
+}  # fmt: skip
+
+
+def test_a_schema_refuses_what_it_can_see(tmp_path):
+    from jsonschema import Draft202012Validator
+
+    from nanovllm_core.errors import RecipeError
+    from nanovllm_core.yamltext import parse
+
+    lay_out(tmp_path)
+    command = [sys.executable, "-m", "nanovllm_core.cli", "schema"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.stderr == "nanovllm: 5 broken components are left out; `nanovllm plugins` says why\n"
+    validator = Draft202012Validator(json.loads(done.stdout))
+    assert validator.is_valid(parse(BASE, "f").data)
+    accepted = set()
+    for name, (recipe, _, *sets) in CASES.items():
+        if isinstance(recipe, str) and not sets:
+            try:
+                data = parse(recipe, "f").data
+            except RecipeError:
+                continue
+            if validator.is_valid({} if data is None else data):
+                accepted.add(name)
+    assert accepted == UNSEEN
+
+
 @pytest.mark.parametrize(
     ("recipe", "at", "value"),
     [
