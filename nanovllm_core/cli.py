@@ -114,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KIND:NAME",
             help="do as if a component were not installed",
         )
+        sub.add_argument(
+            "--locked",
+            type=Path,
+            metavar="FILE",
+            help="refuse to go on if anything that changes the result differs from this plan.lock.json of an earlier run",
+        )
         sub.set_defaults(command=command)
 
     plugins = commands.add_parser(
@@ -197,7 +203,12 @@ def _make_plan(args: argparse.Namespace) -> Plan:
     from nanovllm_core.plan import make_plan
     from nanovllm_core.registry import Registry
 
-    return make_plan(recipe, Registry.from_environment(without=args.without))
+    plan = make_plan(recipe, Registry.from_environment(without=args.without))
+    if args.locked:
+        from nanovllm_core.lock import refuse_drift
+
+        refuse_drift(plan, args.locked)
+    return plan
 
 
 def _run(args: argparse.Namespace) -> int:

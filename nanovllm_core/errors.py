@@ -13,6 +13,7 @@
     ├── TrainingError             the run cannot go on (a loss that is not finite)
     ├── CheckpointError           no sound checkpoint where one is needed
     ├── OutputError               the output folder cannot be used
+    ├── LockError                 what would run is not what a lock says, or the lock cannot be read
     └── GenerationError           a prompt or sampling parameter is unusable
 
 Anything else that escapes is a bug of ours or of a plugin, and keeps its traceback.
@@ -74,6 +75,10 @@ class CheckpointError(NanoError):
 
 class OutputError(NanoError):
     """The output folder cannot be used."""
+
+
+class LockError(NanoError):
+    """What would run is not what a lock says."""
 
 
 class GenerationError(NanoError):

@@ -20,6 +20,8 @@ from nanovllm_core.negotiate import Candidate, Fault, ask, choose, usable
 from nanovllm_core.options import shown
 from nanovllm_core.slots import Slots
 
+MOST = 3  # broken readers that a run tells of one by one; `nanovllm explain` has all
+
 
 @frozen(kw_only=True, eq=False)
 class DataPlan:
@@ -39,11 +41,11 @@ class DataPlan:
         texts = [f"{n} files of kind {s or '(no suffix)'} are left out: no reader takes them" for s, n in unknown]
         if odd := self.documents.all.odd:
             texts.append(f"{len(odd)} entries are left out, neither file nor folder: {', '.join(odd[:3])}")
-        if texts and self.faults:  # else nothing is missed for want of these
-            names, (name, why) = ", ".join(name or "(no name)" for name, _ in self.faults[:3]), self.faults[0]
-            more = f" and {len(self.faults) - 3} more" if len(self.faults) > 3 else ""
-            one = f"reader {name} might take them, but is broken: {why}"
-            texts.append(one if len(self.faults) == 1 else f"readers that might take them are broken: {names}{more}")
+        if texts:  # else nothing is missed for want of these
+            told = [
+                f"reader {name or '(no name)'}: {why}; it may be what should read them" for name, why in self.faults
+            ]
+            texts += told if len(told) <= MOST else [*told[:MOST], f"and {len(told) - MOST} more broken readers"]
         return tuple(texts)
 
 

@@ -13,7 +13,7 @@ from nanovllm_core.errors import CheckpointError, RefusedError
 from nanovllm_core.hookspecs import Callbacks
 from nanovllm_core.inference.generate import answerable, generate
 from nanovllm_core.inference.sampling import SamplingParams
-from nanovllm_core.lock import identity, lock_of, sequences_per_step
+from nanovllm_core.lock import contents, identity, lock_of, sequences_per_step
 from nanovllm_core.output import TOKENS, claimed, finished, locked_by, mark_finished, settle, write_lock
 from nanovllm_core.plan import Plan
 from nanovllm_core.training import checkpoint
@@ -39,16 +39,17 @@ def run(plan: Plan, callbacks: Sequence[object] = ()) -> Path:
         with phase(events, "hashing the documents") as tell:
             fingerprint = plan.data.documents.fingerprint(tell)
         with phase(events, "hashing the model") as tell:
-            who = identity(plan, fingerprint, tell)
+            named = contents(plan, tell)
+        who = identity(plan, fingerprint, named)
         documents = count(plan, fingerprint, folder / TOKENS, events)  # a bad one stops the run before anything moves
         found = settle(claim, who, lambda text: events.note(text=text))
         done = finished(folder)
         if done is not None and done[1] == _length(plan) and (found is None or found[1].step == done[0]):
             if locked_by(folder) != who:
-                write_lock(folder, lock_of(plan, who, fingerprint))
+                write_lock(folder, lock_of(plan, who, fingerprint, named))
             _say_finished(events, done[0])
         else:
-            write_lock(folder, lock_of(plan, who, fingerprint))
+            write_lock(folder, lock_of(plan, who, fingerprint, named))
             corpus = prepare(plan, fingerprint, documents, folder / TOKENS, events)
             _Job(plan, corpus, who, events).run(found)
     events.run_finished(output_dir=folder)
