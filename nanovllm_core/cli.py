@@ -228,8 +228,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _plugins(args: argparse.Namespace) -> int:
-    from nanovllm_core.manual import describe_component, rows_table
-    from nanovllm_core.registry import Registry
+    from nanovllm_core.registry import Registry, rows_table
 
     registry = Registry.from_environment(timeout=args.timeout)
     rows: Sequence[Row]
@@ -239,6 +238,8 @@ def _plugins(args: argparse.Namespace) -> int:
         entries = registry.entries if args.component is None else [registry.labelled(args.component)]
         rows = check(registry, entries)
     elif args.component is not None:
+        from nanovllm_core.manual import describe_component
+
         print(describe_component(registry, args.component), end="")
         return 0
     else:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from types import MappingProxyType
 
 from nanovllm_core.options import Option, describe
 from nanovllm_core.recipe import Data, Generate, Recipe, Train
-from nanovllm_core.registry import Registry, Row
+from nanovllm_core.registry import Registry
 
 SECTIONS = MappingProxyType({"data": Data, "train": Train, "generate": Generate})
 
@@ -37,18 +37,6 @@ def describe_component(registry: Registry, label: str) -> str:
     head = f"{entry.label} from {entry.distribution} {entry.version}".rstrip()
     table = list(_table(options, indent=2)) or ["  none"]
     return "\n".join([head, "", "\n".join(prose).strip(), "", "options:", *table]) + "\n"
-
-
-def rows_table(rows: Sequence[Row]) -> str:
-    """The lines of `nanovllm plugins`, in columns. What a stranger wrote cannot move the cursor."""
-    last = [name for name in ("seconds", "summary") if rows and hasattr(rows[0], name)]
-    cells = [("KIND", "NAME", "FROM", "STATE", *(name.upper() for name in last))]
-    for r in rows:
-        values = (r.kind, r.name, f"{r.distribution} {r.version}", r.state, *(getattr(r, name) for name in last))
-        cells.append(tuple("".join(c if c.isprintable() else "?" for c in str(v)).strip() or "-" for v in values))
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
-    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in cells]
-    return "\n".join(lines) + "\n"
 
 
 def _table(options: Iterable[Option], indent: int) -> Iterator[str]:

@@ -141,7 +141,9 @@ class Registry:
             with redirect_stdout(sys.stderr), time_limit(self.timeout):
                 return point.load()
         except Expired:
-            raise BrokenComponent(f"its import does not end within {self.timeout:g} s") from None
+            raise BrokenComponent(
+                f"its import does not end within {self.timeout:g} s (heavy imports belong inside methods)"
+            ) from None
         except KeyboardInterrupt:
             raise
         except BaseException as e:  # a stranger's module may raise anything, SystemExit too; its reason is shown
@@ -193,3 +195,15 @@ def _check(kind: str, source: Any) -> None:
         raise
     except Exception as e:  # a metaclass can make all of this fail
         raise BrokenComponent(f"its class cannot be looked at ({reason(e)})") from e
+
+
+def rows_table(rows: Sequence[Row]) -> str:
+    """The lines of `nanovllm plugins`, in columns. What a stranger wrote cannot move the cursor."""
+    last = [name for name in ("seconds", "summary") if rows and hasattr(rows[0], name)]
+    cells = [("KIND", "NAME", "FROM", "STATE", *(name.upper() for name in last))]
+    for r in rows:
+        values = (r.kind, r.name, f"{r.distribution} {r.version}", r.state, *(getattr(r, name) for name in last))
+        cells.append(tuple("".join(c if c.isprintable() else "?" for c in str(v)).strip() or "-" for v in values))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
+    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in cells]
+    return "\n".join(lines) + "\n"

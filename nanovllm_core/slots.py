@@ -52,10 +52,12 @@ class Slots:
 
     @contextmanager
     def placed(self, at: KeyPath) -> Iterator[None]:
-        """What a component's hooks raise within the block is told with the component's place."""
+        """What a component's hooks raise within the block is told with the component's place, where it has one."""
         try:
             yield
         except NanoError as e:
+            if self.place(at) is None:
+                raise
             raise type(e)(line(str(e), at, self.recipe.text)) from e
 
     def candidates(self, kind: str, wanted: Sequence[Component]) -> tuple[list[Candidate], str]:
