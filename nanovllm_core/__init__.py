@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,21 +24,23 @@ if TYPE_CHECKING:
     from nanovllm_core.registry import Registry
     from nanovllm_core.runner import run
 
-_HOMES = {
-    "Document": "contracts",
-    "LLM": "llm",
-    "Machine": "machine",
-    "NanoError": "errors",
-    "Plan": "plan",
-    "Recipe": "recipe",
-    "Record": "contracts",
-    "Registry": "registry",
-    "SamplingParams": "inference.sampling",
-    "Source": "contracts",
-    "hookimpl": "hookspecs",
-    "make_plan": "plan",
-    "run": "runner",
-}
+_HOMES = MappingProxyType(
+    {
+        "Document": "contracts",
+        "LLM": "llm",
+        "Machine": "machine",
+        "NanoError": "errors",
+        "Plan": "plan",
+        "Recipe": "recipe",
+        "Record": "contracts",
+        "Registry": "registry",
+        "SamplingParams": "inference.sampling",
+        "Source": "contracts",
+        "hookimpl": "hookspecs",
+        "make_plan": "plan",
+        "run": "runner",
+    }
+)
 
 __all__ = [
     "LLM", "Document", "Machine", "NanoError", "Plan", "Recipe", "Record", "Registry", "SamplingParams", "Source",

@@ -1,4 +1,4 @@
-"""The command line: `nanovllm init | run | explain | plugins | generate`.
+"""The command line: `nanovllm init | run | explain | plugins | schema | generate`.
 
 Thin: parse, call the core, print. A user's mistake is one message on standard error and exit code 2.
 """
@@ -17,6 +17,7 @@ from nanovllm_core.errors import Interrupted, NanoError
 
 if TYPE_CHECKING:
     from nanovllm_core.plan import Plan
+    from nanovllm_core.registry import Row
 
 START = """\
 start here:
@@ -37,6 +38,22 @@ examples:
   nanovllm run recipe.yaml --set model.size=small
   nanovllm run recipe.yaml --without readers:jsonl
 
+"""
+
+PLUGINS = """\
+The state of a component is `ok`, `collision` (write distribution/name in a recipe) or `broken` (with the reason; fatal only
+for a recipe that names it). --check loads each in a process of its own: it survives what ends or hangs a process, tells
+seconds and what heavy packages came along, and exits with 1 when a component is broken.
+"""
+
+SCHEMA = """\
+What a recipe may hold, with every installed component and its options: an editor with a YAML language server completes
+and checks by it. Save it, and name it in the recipe's first line:
+
+  nanovllm schema > recipe.schema.json
+  # yaml-language-server: $schema=recipe.schema.json
+
+Make it anew after installing or removing components. Broken ones are left out.
 """
 
 
@@ -101,14 +118,38 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KIND:NAME",
             help="do as if a component were not installed",
         )
+        sub.add_argument(
+            "--locked",
+            type=Path,
+            metavar="FILE",
+            help="refuse to go on if anything that changes the result differs from this plan.lock.json of an earlier run",
+        )
         sub.set_defaults(command=command)
 
-    plugins = commands.add_parser("plugins", help="list the installed components, or show one and its options")
+    plugins = commands.add_parser(
+        "plugins",
+        help="list the installed components, or show one and its options",
+        formatter_class=raw,
+        description=PLUGINS,
+    )
     plugins.add_argument(
         "component", nargs="?", metavar="KIND:NAME", help="show this component's options, e.g. tokenizers:bpe"
     )
     plugins.add_argument("--json", action="store_true", help="a list of objects, for tools")
+    plugins.add_argument("--check", action="store_true", help="load each component in a process of its own")
+    plugins.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="longest import of one component (default: 10)",
+    )
     plugins.set_defaults(command=_plugins)
+
+    schema = commands.add_parser(
+        "schema", help="print the JSON Schema of recipes, for editors", formatter_class=raw, description=SCHEMA
+    )
+    schema.set_defaults(command=_schema)
 
     generate = commands.add_parser("generate", help="continue prompts with a trained model")
     generate.add_argument("folder", help="a run's output_dir, any model folder of a supported family, or a hub name")
@@ -161,14 +202,17 @@ def _init(args: argparse.Namespace) -> int:
 
 def _make_plan(args: argparse.Namespace) -> Plan:
     from nanovllm_core.recipe import Recipe
-    from nanovllm_core.registry import Registry
 
     recipe = Recipe.load(args.recipe, sets=args.sets)
-    registry = Registry.from_environment(without=args.without)
-    from nanovllm_core.machine import Machine  # torch comes only after the recipe is known to be well-formed
     from nanovllm_core.plan import make_plan
+    from nanovllm_core.registry import Registry
 
-    return make_plan(recipe, registry, Machine.detect())
+    plan = make_plan(recipe, Registry.from_environment(without=args.without))
+    if args.locked:
+        from nanovllm_core.lock import refuse_drift
+
+        refuse_drift(plan, args.locked)
+    return plan
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -201,26 +245,50 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _plugins(args: argparse.Namespace) -> int:
-    from nanovllm_core.registry import Registry
+    from nanovllm_core.registry import Registry, rows_table
 
-    registry = Registry.from_environment()
-    if args.component:
+    registry = Registry.from_environment(timeout=args.timeout)
+    rows: Sequence[Row]
+    if args.check:
+        from nanovllm_core.check import check
+
+        entries = registry.entries if args.component is None else [registry.labelled(args.component)]
+        rows = check(registry, entries)
+    elif args.component is not None:
         from nanovllm_core.manual import describe_component
 
         print(describe_component(registry, args.component), end="")
         return 0
-    rows = registry.rows()
+    else:
+        rows = registry.rows()
     if args.json:
         from attrs import asdict
 
         print(json.dumps([asdict(row) for row in rows], indent=1))
-        return 0
-    cells = [("KIND", "NAME", "FROM", "STATE", "SUMMARY")]
-    cells += [(r.kind, r.name, f"{r.distribution} {r.version}".rstrip(), r.state, r.summary) for r in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
-    for row in cells:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip())
+    else:
+        print(rows_table(rows), end="")
+    return 1 if args.check and any(row.state == "broken" for row in rows) else 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from nanovllm_core.registry import Registry
+    from nanovllm_core.schema import schema
+
+    made, broken = schema(Registry.from_environment())
+    print(json.dumps(made, indent=1, ensure_ascii=False))
+    if broken:
+        print(f"nanovllm: {len(broken)} broken components are left out; `nanovllm plugins` says why", file=sys.stderr)
     return 0
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds above 0")
+    return value
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@
     ├── CheckpointError           no sound checkpoint where one is needed
     ├── Interrupted              the run was asked to stop; its message says how to go on (exit code 128 + signal)
     ├── OutputError               the output folder cannot be used
+    ├── LockError                 what would run is not what a lock says, or the lock cannot be read
     └── GenerationError           a prompt or sampling parameter is unusable
 
 Anything else that escapes is a bug of ours or of a plugin, and keeps its traceback.
@@ -81,6 +82,10 @@ class OutputError(NanoError):
     """The output folder cannot be used."""
 
 
+class LockError(NanoError):
+    """What would run is not what a lock says."""
+
+
 class GenerationError(NanoError):
     """A prompt or a sampling parameter is unusable."""
 
@@ -94,3 +99,13 @@ def nearest(given: str, known: Iterable[str]) -> str:
 def listed(names: Iterable[str]) -> str:
     """Names for an error message: sorted, comma-separated, or `none`."""
     return ", ".join(sorted(names)) or "none"
+
+
+def reason(error: BaseException) -> str:
+    """A stranger's exception in one line of bounded length: `ValueError: no licence file`."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # its __str__ fails too
+        text = ""
+    text = text if len(text) <= 500 else f"{text[:500]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -34,7 +34,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"              {text}"
     yield "data.readers (each file goes to the one that accepts it with the highest priority)"
     for c in plan.data.readers:
-        yield from _candidate(c, recipe, f": {plan.data.taken.get(c.entry.full_name, 0)} files")
+        fault = dict(plan.data.faults).get(c.entry.name)
+        yield from _candidate(
+            c, recipe, f": {plan.data.taken.get(c.entry.full_name, 0)} files{f'; {fault}' if fault else ''}"
+        )
     yield "data.extractors (the first that answers wins)"
     for c in plan.data.extractors:
         yield from _candidate(c, recipe)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanovllm_core.errors import OutputError
+from nanovllm_core.errors import OutputError, nearest
 
 MANIFEST = "manifest.json"
 LOCK = "plan.lock.json"  # what tells a run's output folder from others
@@ -125,3 +125,22 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def located(base: Path, given: str) -> Path:
+    """The path that `given` names, counted from `base`; `~` is a home folder. Raises ValueError for what no path can be."""
+    try:
+        path = base / Path(given).expanduser()
+        path.resolve().exists()  # a name that is too long or holds a zero byte, a loop of links
+    except (OSError, RuntimeError, ValueError) as e:
+        text = repr(given) if len(given) <= 60 else f"{given[:60]!r}..."
+        raise ValueError(f"got {text}, which cannot be a path ({getattr(e, 'strerror', None) or e})") from None
+    return path
+
+
+def sibling(path: Path) -> str:
+    """`; did you mean 'x'?` when a name close to a missing path's own stands in the same folder, else the empty string."""
+    try:
+        return nearest(path.name, os.listdir(path.parent))
+    except (OSError, ValueError):  # ValueError: a name that no system allows
+        return ""

@@ -16,10 +16,10 @@ import attrs
 import pluggy
 
 from nanovllm_core.errors import BrokenComponent, listed, nearest
-from nanovllm_core.hookspecs import PROJECT, SPECS
+from nanovllm_core.hookspecs import LEVELS, PROJECT, SPECS
 
 Spec = TypeVar("Spec")
-OPTIONAL = {"callbacks"}  # kinds whose hooks may be left out, all but one
+OPTIONAL = frozenset({"callbacks"})  # kinds whose hooks may be left out, all but one
 
 
 def _hooks(spec: type) -> dict[str, inspect.Signature]:
@@ -43,6 +43,8 @@ def verify_hooks(kind: str, cls: Any) -> str | None:
     """As `verify`, for the class of a ready instance: it has no options to structure, so it need not be an attrs class."""
     if cls.__eq__ is not object.__eq__:
         return "compares by value, which breaks pluggy (define no __eq__; in attrs and dataclasses: eq=False)"
+    if problem := _level(kind, getattr(cls, "nanovllm_api", 1)):
+        return problem
     spec = SPECS[kind]
     expected = _hooks(spec)
     marked = {name for name in dir(cls) if callable(m := getattr(cls, name, None)) and hasattr(m, f"{PROJECT}_impl")}
@@ -60,6 +62,16 @@ def verify_hooks(kind: str, cls: Any) -> str | None:
         if kind not in OPTIONAL and inspect.isgeneratorfunction(getattr(cls, name)):
             return f"{name!r} is a generator function: return an iterator instead, e.g. of a second method that yields"
     return None
+
+
+def _level(kind: str, declared: object) -> str | None:
+    here = LEVELS[kind]
+    if type(declared) is not int:
+        return "declares no number as its API level (write `nanovllm_api: ClassVar[int] = 1`)"
+    if declared == here:
+        return None
+    mend = "a newer nanovllm, or an older version of it" if declared > here else "a newer version of it"
+    return f"is written for API level {declared} of {kind}, and this nanovllm has level {here}: install {mend}"
 
 
 def _uncallable(name: str, function: object, spec: inspect.Signature) -> str | None:
@@ -98,6 +110,11 @@ def bind(spec: type[Spec], components: Iterable[tuple[str, object]]) -> Spec:
         except (ValueError, pluggy.PluginValidationError) as e:
             raise BrokenComponent(f"{name}: {e}") from e
     return cast("Spec", manager.hook)
+
+
+def bound(spec: type[Spec], component: object) -> Spec:
+    """The hooks of one component."""
+    return bind(spec, [(type(component).__name__, component)])
 
 
 def given(kind: str, instances: Iterable[object]) -> list[tuple[str, object]]:

@@ -15,6 +15,11 @@ A component is one frozen attrs class, named by an entry point in its kind's gro
         @hookimpl
         def read(self, source): ...
 
+Specs change by a new number in `LEVELS`, one for each kind. A component is written for one level, and says so once that
+is no longer 1: `nanovllm_api: ClassVar[int] = 2` (without the annotation `ClassVar` it would be an option). A core takes
+just its own level; any other is shown by `nanovllm plugins` as broken, with what to install. Within a level nothing
+that a component relies on changes: no hook or argument goes, none that is required comes.
+
 Hooks take plain positional arguments, by the names below (leave out those you do not need). Heavy imports (torch,
 transformers, numpy) stand inside methods, so that listing plugins stays instant. Except for callbacks every hook is
 required and answers with a value.
@@ -23,6 +28,7 @@ required and answers with a value.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -190,13 +196,18 @@ class Callbacks:
         """The final model is exported."""
 
 
-SPECS: Mapping[str, type] = {
-    "readers": Readers,
-    "extractors": Extractors,
-    "tokenizers": Tokenizers,
-    "models": Models,
-    "kernels": Kernels,
-    "parallel": Parallel,
-    "callbacks": Callbacks,
-}
+SPECS: Mapping[str, type] = MappingProxyType(
+    {
+        "readers": Readers,
+        "extractors": Extractors,
+        "tokenizers": Tokenizers,
+        "models": Models,
+        "kernels": Kernels,
+        "parallel": Parallel,
+        "callbacks": Callbacks,
+    }
+)
 """Kind -> spec class. The kind is also the entry-point group's last word: `nanovllm.<kind>`."""
+
+LEVELS: Mapping[str, int] = MappingProxyType(dict.fromkeys(SPECS, 1))
+"""Kind -> the level of its spec that this core has."""

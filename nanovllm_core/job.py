@@ -24,8 +24,6 @@ from nanovllm_core.training.stop import StopRequest
 from nanovllm_core.training.trainer import Settings, Trainer
 from nanovllm_core.weights import ModelFolder
 
-BYTES = {"float32": 4, "float64": 8}  # of an exported value; 2 for the others
-
 Found = tuple[Path, checkpoint.State]
 
 
@@ -151,7 +149,7 @@ class Job:
             resumed=found[0] if found else None,
         )
         size = 12 * self.shape.parameters  # fp32 masters and two moments
-        exported = BYTES.get(self.shape.dtype, 2) * self.shape.parameters
+        exported = (4 if self.shape.dtype == "float32" else 2) * self.shape.parameters
         saves = -(-max(0, left) // trainer.settings.save_steps)
         room_needed(self.folder, size=size, exported=exported, limit=saver.limit, saves=saves)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
+from types import MappingProxyType
 from typing import Any
 
 from nanovllm_core.assemble import assemble, tokenizer_of
@@ -16,7 +17,7 @@ from nanovllm_core.recipe import Recipe
 from nanovllm_core.registry import Registry
 
 Prompt = str | Sequence[int]
-PRECISION = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16"}
+PRECISION = MappingProxyType({"auto": "auto", "float32": "fp32", "bfloat16": "bf16"})
 
 
 class LLM:

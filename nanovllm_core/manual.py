@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
+from types import MappingProxyType
 
-from nanovllm_core.errors import UnknownComponent, listed
-from nanovllm_core.hookspecs import SPECS
 from nanovllm_core.options import Option, describe
 from nanovllm_core.recipe import Data, Generate, Recipe, Train
 from nanovllm_core.registry import Registry
 
-SECTIONS = {"data": Data, "train": Train, "generate": Generate}
+SECTIONS = MappingProxyType({"data": Data, "train": Train, "generate": Generate})
 
 
 def keys_help() -> str:
@@ -29,10 +28,7 @@ def keys_help() -> str:
 
 def describe_component(registry: Registry, label: str) -> str:
     """One component (`KIND:NAME`): where it comes from, what it does, its options."""
-    kind, colon, name = label.partition(":")
-    if not colon or kind not in SPECS:
-        raise UnknownComponent(f"{label}: give KIND:NAME, e.g. tokenizers:bpe (kinds: {listed(SPECS)})")
-    entry = registry.find(kind, name)
+    entry = registry.labelled(label)
     loaded = registry.load(entry)
     cls = loaded if isinstance(loaded, type) else type(loaded)
     options = describe(cls)

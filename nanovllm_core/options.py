@@ -11,21 +11,24 @@ import re
 import types
 import typing
 from collections import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
 from attrs import NOTHING, frozen
 
 from nanovllm_core.contracts import ModelRef
-from nanovllm_core.errors import BrokenComponent
+from nanovllm_core.errors import BrokenComponent, nearest, reason
 
-INTERNAL = {"internal": True}
+INTERNAL = MappingProxyType({"internal": True})
 """Metadata of a field that is no option: it can neither be written in a recipe nor is it shown."""
 
-_NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", type(None): "null", Path: "path"}
-_NAMES |= {list: "list", tuple: "list", dict: "mapping", object: "anything"}
+_NAMES = MappingProxyType(
+    {bool: "true or false", int: "integer", float: "number", str: "string", type(None): "null", Path: "path"}
+    | {list: "list", tuple: "list", dict: "mapping", object: "anything"}
+)
 
 
 # ---------------------------------------------------------------- validators
@@ -87,6 +90,30 @@ def below(high: float) -> Bounds:
     return Bounds(high=high, open_high=True)
 
 
+@frozen
+class OneOf:
+    """An attrs validator: one of a few values. None passes, for options that may be null."""
+
+    allowed: tuple[Any, ...]
+
+    def __call__(self, instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None and not any(type(value) is type(a) and value == a for a in self.allowed):
+            error = ValueError(not_one_of(value, self.allowed))
+            error.add_note(f"{type(instance).__name__}.{attribute.name}")
+            raise error
+
+
+def one_of(*allowed: Any) -> OneOf:
+    """Validator: value is one of these."""
+    return OneOf(allowed)
+
+
+def not_one_of(value: Any, allowed: Sequence[Any]) -> str:
+    """What to say of a value that is none of those allowed."""
+    hint = nearest(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
+    return f"got {shown(value)}{hint} (allowed: {', '.join(shown(a) for a in allowed)})"
+
+
 # ---------------------------------------------------------------- types and meanings in words
 
 
@@ -104,12 +131,25 @@ def options_of(cls: type) -> Iterator[tuple[attrs.Attribute[Any], Any]]:
         hints = typing.get_type_hints(cls)
     except Exception as e:
         raise BrokenComponent(
-            f"{cls.__module__}:{cls.__qualname__}: the types of its options cannot be resolved ({e}); "
+            f"{cls.__module__}:{cls.__qualname__}: the types of its options cannot be resolved ({reason(e)}); "
             "import them outside TYPE_CHECKING"
         ) from e
     for a in attrs.fields(cls):
         if a.init and not a.metadata.get("internal"):
             yield a, hints.get(a.name, Any)
+
+
+def default_of(cls: type, a: attrs.Attribute[Any]) -> Any:
+    """An option's default; NOTHING where there is none, or where it depends on the others."""
+    default: Any = a.default
+    if not isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        return default
+    try:
+        return NOTHING if default.takes_self else default.factory()
+    except Exception as e:  # a stranger's factory may raise anything
+        raise BrokenComponent(
+            f"{cls.__module__}:{cls.__qualname__}: the default of its option {a.name!r} fails ({reason(e)})"
+        ) from e
 
 
 def model_refs(component: object) -> Iterator[tuple[str, str]]:
@@ -125,7 +165,7 @@ def public(component: object) -> dict[str, Any]:
     """A component's options as plain data to be written down: what its name calls a secret becomes `***`."""
     if not attrs.has(type(component)):
         return {}
-    return {a.name: without_secrets(_plain(getattr(component, a.name)), a.name) for a, _ in options_of(type(component))}
+    return {a.name: without_secrets(plain(getattr(component, a.name)), a.name) for a, _ in options_of(type(component))}
 
 
 SECRET = re.compile(r"(.*_)?(api_?key|secret|password|passwd|credentials?|access_?key|token)", re.IGNORECASE)
@@ -140,16 +180,16 @@ def without_secrets(value: Any, key: str = "") -> Any:
     return "***" if isinstance(value, str) and SECRET.fullmatch(key) else value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON data; what has none becomes its type's name, which unlike a representation is the same in every process."""
     if isinstance(value, Path):
         return str(value)
     if attrs.has(type(value)):
-        return {a.name: _plain(getattr(value, a.name)) for a in attrs.fields(type(value)) if a.init}
+        return {a.name: plain(getattr(value, a.name)) for a in attrs.fields(type(value)) if a.init}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if value is None or isinstance(value, str | int | float):
         return value
     return f"{type(value).__module__}.{type(value).__qualname__}"
@@ -212,18 +252,15 @@ def describe(cls: type) -> list[Option]:
             else:
                 name = ""
     return [
-        Option(a.alias or a.name, type_text(kind), _default_text(a.default), docs.get(a.name, ""))
+        Option(a.alias or a.name, type_text(kind), _default_text(cls, a), docs.get(a.name, ""))
         for a, kind in options_of(cls)
     ]
 
 
-def _default_text(default: Any) -> str:
+def _default_text(cls: type, a: attrs.Attribute[Any]) -> str:
+    default = default_of(cls, a)
     if default is NOTHING:
-        return "required"
-    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-        if default.takes_self:
-            return "computed"
-        default = default.factory()
+        return "required" if a.default is NOTHING else "computed"
     if isinstance(default, tuple) and default and all(hasattr(item, "use") for item in default):
         return ", ".join(item.use for item in default)  # components by name
     if attrs.has(type(default)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -19,17 +20,19 @@ from nanovllm_core.yamltext import KeyPath, Place, Text, parse
 
 SETTING = "--set "
 COMPONENT, COMPONENT_LIST, KERNELS, TEXT_LIST = "component", "components", "kernels", "texts"
-_SLOTS: Mapping[KeyPath, str] = {
-    ("data", "readers"): COMPONENT_LIST,
-    ("data", "extractors"): COMPONENT_LIST,
-    ("tokenizer",): COMPONENT,
-    ("model",): COMPONENT,
-    ("kernels",): KERNELS,
-    ("parallel",): COMPONENT,
-    ("callbacks",): COMPONENT_LIST,
-    ("generate", "prompts"): TEXT_LIST,
-    ("generate", "stop"): TEXT_LIST,
-}
+_SLOTS: Mapping[KeyPath, str] = MappingProxyType(
+    {
+        ("data", "readers"): COMPONENT_LIST,
+        ("data", "extractors"): COMPONENT_LIST,
+        ("tokenizer",): COMPONENT,
+        ("model",): COMPONENT,
+        ("kernels",): KERNELS,
+        ("parallel",): COMPONENT,
+        ("callbacks",): COMPONENT_LIST,
+        ("generate", "prompts"): TEXT_LIST,
+        ("generate", "stop"): TEXT_LIST,
+    }
+)
 
 
 def slot(path: KeyPath) -> str | None:

@@ -5,11 +5,8 @@ Order: vocabulary size (from file sizes) -> shape -> memory -> parallel layout -
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
 from attrs import frozen
 
@@ -21,23 +18,22 @@ from nanovllm_core.contracts import (
     ParallelRequest,
     Refuse,
     Shape,
-    Source,
     Verdict,
 )
-from nanovllm_core.data.documents import Documents
-from nanovllm_core.data.sources import Sources
-from nanovllm_core.errors import DataError, RecipeError
+from nanovllm_core.errors import BrokenComponent, RecipeError, RefusedError
 from nanovllm_core.estimate import Memory, training_memory
-from nanovllm_core.hooks import bind, given
-from nanovllm_core.hookspecs import Callbacks, Extractors, Kernels, Models, Parallel, Readers, Tokenizers
+from nanovllm_core.files import located
+from nanovllm_core.hooks import bind, bound, given
+from nanovllm_core.hookspecs import Callbacks, Kernels, Models, Parallel, Tokenizers
 from nanovllm_core.machine import Machine
-from nanovllm_core.negotiate import Candidate, Choice, Fault, ask, choose, usable
+from nanovllm_core.negotiate import Candidate, Choice, choose
 from nanovllm_core.options import model_refs
+from nanovllm_core.plan_data import DataPlan, plan_data
 from nanovllm_core.recipe import AUTO, Component, Recipe
 from nanovllm_core.registry import Registry
-from nanovllm_core.slots import Slots
+from nanovllm_core.slots import OURS, Slots
+from nanovllm_core.structure import line
 
-Spec = TypeVar("Spec")
 PREVIOUS = "previous"  # under output_dir: the contents of earlier, other runs
 
 
@@ -57,56 +53,6 @@ class ModelPlan:
     @property
     def choices(self) -> tuple[Choice, ...]:
         return (self.tokenizer, self.model, self.parallel, *self.kernels.values())
-
-
-@frozen(kw_only=True, eq=False)
-class DataPlan:
-    """Where documents come from and how they are read."""
-
-    documents: Documents
-    readers: tuple[Candidate, ...]
-    extractors: tuple[Candidate, ...]
-    taken: Mapping[str, int]  # reader's full name -> sources that it reads
-    assignment: str  # sha256 over which reader takes which source
-    faults: tuple[tuple[str, str], ...] = ()  # readers that are broken, and how
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """What lies among the sources and is not read, in sentences."""
-        unknown = sorted(self.documents.unknown.items())
-        texts = [f"{n} files of kind {s or '(no suffix)'} are left out: no reader takes them" for s, n in unknown]
-        if odd := self.documents.all.odd:
-            texts.append(f"{len(odd)} entries are left out, neither file nor folder: {', '.join(odd[:3])}")
-        if outputs := self.documents.all.outputs:
-            texts.append(f"{len(outputs)} output folders of other runs are left out: {', '.join(outputs[:3])}")
-        return (*texts, *(f"reader {name}: {why}; what it should read may be left out" for name, why in self.faults))
-
-
-class _Pick:
-    """Chooses each source's reader, and remembers."""
-
-    def __init__(self, readers: Sequence[Candidate], place: str) -> None:
-        self.place = place  # of data.path, for messages
-        self.readers, self.taken, self.assignment = readers, Counter[str](), hashlib.sha256()
-        self.faults = {c.entry.name: c.unusable for c in readers if c.unusable and not c.misfit}
-        self._relays = {id(c.component): _bound(Readers, c.component) for c in usable("data.readers", readers)}
-
-    def __call__(self, source: Source) -> Readers | None:
-        """The reader for a source; None when every one refuses. Raises AmbiguousComponent when two tie."""
-        verdicts = [(c, ask(c, lambda r: self._relays[id(r)].probe(source=source))) for c in self.readers]
-        self.faults |= {c.entry.name: v.why for c, v in verdicts if isinstance(v, Fault)}
-        if not any(isinstance(v, Accept) for _, v in verdicts):
-            if not source.exists:
-                reasons = "".join(f"\n  {c.entry.name}: {v.why}" for c, v in verdicts)
-                raise DataError(
-                    f"{self.place}: data.path: {source.path!r} is neither a file nor a folder, and no reader takes it:{reasons}"
-                )
-            return None
-        known = {id(c.component): v for c, v in verdicts}
-        chosen = choose(f"data.readers ({source.name})", self.readers, lambda r: known[id(r)], "auto")
-        self.taken[chosen.entry.full_name] += 1
-        self.assignment.update(f"{chosen.entry.full_name}\0{source.name}\n".encode("utf-8", "backslashreplace"))
-        return self._relays[id(chosen.component)]
 
 
 @frozen(kw_only=True, eq=False)
@@ -145,40 +91,51 @@ class Plan:
         return bind(Callbacks, [*recipes, *given("callbacks", more)])
 
 
-def _bound(spec: type[Spec], component: Any) -> Spec:
-    return bind(spec, [(type(component).__name__, component)])
+def make_plan(recipe: Recipe, registry: Registry, machine: Machine | None = None) -> Plan:
+    """Decide everything. Raises RecipeError, OptionError, ComponentError, DataError or ModelError.
 
-
-def make_plan(recipe: Recipe, registry: Registry, machine: Machine) -> Plan:
-    """Decide everything. Raises RecipeError, OptionError, ComponentError, DataError or ModelError."""
-    slots = Slots(registry, recipe)
+    Without a `machine` this one is looked at, which imports torch (seconds), after all that can be wrong without it.
+    """
+    slots, text = Slots(registry, recipe), recipe.text
     if recipe.data.path is None:
-        raise RecipeError(f"{recipe.text.place(('data',))}: data.path is missing: the file or folder of your documents")
-    output_dir = _within(recipe.base, recipe.output_dir)
-    data = _plan_data(slots, output_dir)
-    model = plan_model(recipe, registry, machine, data_bytes=data.documents.bytes)
-    for choice in (model.model, model.tokenizer):
+        raise RecipeError(f"{text.place(('data',))}: data.path is missing: the file or folder of your documents")
+    parts = _Parts.of(slots)
+    callbacks = tuple(slots.named("callbacks", c) for c in recipe.callbacks)
+    output_dir = _output_dir(recipe)
+    data = plan_data(slots, output_dir)
+    outline = _outline(slots, parts, data.documents.bytes)
+    for choice in (outline.model, outline.tokenizer):
         _refuse_own_output(choice, output_dir, recipe)
     train, length = recipe.train, recipe.data.max_seq_length
-    if length > model.shape.max_positions:
+    if length > outline.shape.max_positions:
         raise RecipeError(
-            f"{recipe.text.place(('data', 'max_seq_length'))}: data.max_seq_length: got {length}, at most "
-            f"{model.shape.max_positions} (what {model.model.entry.name} was made for)"
+            f"{text.place(('data', 'max_seq_length'))}: data.max_seq_length: got {length}, at most "
+            f"{outline.shape.max_positions} (what {outline.model.entry.name} was made for)"
         )
+    machine = machine or Machine.detect()
+    model = _placed(slots, parts, outline, machine, training=True)
     return Plan(
         recipe=recipe,
         machine=machine,
         data=data,
         model=model,
-        callbacks=tuple(slots.named("callbacks", c) for c in recipe.callbacks),
+        callbacks=callbacks,
         memory=training_memory(model.shape, tokens=length * train.per_device_train_batch_size, dtype=model.dtype),
         output_dir=output_dir,
         chunk_overlap=_overlap(recipe),
     )
 
 
-def _within(base: Path, given: str) -> Path:
-    return (base / Path(given).expanduser()).resolve()
+def _output_dir(recipe: Recipe) -> Path:
+    said = f"{recipe.text.place(('output_dir',))}: output_dir: "
+    try:
+        folder = located(recipe.base, recipe.output_dir).resolve()
+    except ValueError as e:
+        raise RecipeError(f"{said}{e}") from None
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir():
+        raise RecipeError(f"{said}got {recipe.output_dir!r}, but {there} is a file; name a folder")
+    return folder
 
 
 def _refuse_own_output(choice: Choice, output_dir: Path, recipe: Recipe) -> None:
@@ -201,53 +158,95 @@ def _overlap(recipe: Recipe) -> Decision:
     return Decision(128, "default")
 
 
-def _plan_data(slots: Slots, output_dir: Path) -> DataPlan:
-    recipe = slots.recipe
-    assert recipe.data.path is not None
-    path, place = recipe.base / Path(recipe.data.path).expanduser(), recipe.text.place(("data", "path"))
-    if path.exists() and path.resolve().is_relative_to(output_dir):
-        raise RecipeError(
-            f"{place}: data.path: {path.resolve()} lies in output_dir {output_dir}, where a run writes and moves what it "
-            "finds; name another output_dir"
-        )
-    sources = Sources.find(str(path.resolve()) if path.exists() else recipe.data.path, exclude=output_dir)
-    readers = tuple(slots.candidates("readers", recipe.data.readers)[0])
-    extractors = tuple(slots.candidates("extractors", recipe.data.extractors)[0])
-    asked = usable("data.extractors", extractors)  # in this order; the first answer wins
-    relay = bind(Extractors, [(c.entry.full_name, c.component) for c in asked])
-    pick = _Pick(readers, str(place))
-    documents = Documents(sources, pick, lambda record: relay.extract(record=record))
-    return DataPlan(
-        documents=documents,
-        readers=readers,
-        extractors=extractors,
-        taken=pick.taken,
-        assignment=pick.assignment.hexdigest(),
-        faults=tuple(sorted(pick.faults.items())),
-    )
-
-
 def plan_model(
     recipe: Recipe, registry: Registry, machine: Machine, *, data_bytes: int = 0, training: bool = True
 ) -> ModelPlan:
     """The model's part of a plan, also made for a folder that only generates."""
     slots = Slots(registry, recipe)
-    if recipe.model is None:
-        raise RecipeError(
-            f"{recipe.text.place(())}: model is missing: e.g. `model: {{use: preset, size: tiny}}` for a new model, or "
-            "`model: {use: pretrained, path: FOLDER_OR_HUB_NAME}` to fine-tune one"
+    parts = _Parts.of(slots)
+    return _placed(slots, parts, _outline(slots, parts, data_bytes), machine, training=training)
+
+
+Asked = tuple[list[Candidate], str]  # who is asked for a slot, and by what
+
+
+@frozen
+class _Parts:
+    """The components that can fill the slots of a model, found and with their options checked."""
+
+    models: Asked
+    tokenizer: Candidate | None  # None: the model's own
+    parallel: Asked
+    kernels: Mapping[str, Asked]  # by operation, as in the recipe
+
+    @classmethod
+    def of(cls, slots: Slots) -> _Parts:
+        recipe = slots.recipe
+        if recipe.model is None:
+            raise RecipeError(
+                f"{recipe.text.place(())}: model is missing: e.g. `model: {{use: preset, size: tiny}}` for a new model, or "
+                "`model: {use: pretrained, path: FOLDER_OR_HUB_NAME}` to fine-tune one"
+            )
+        wanted = recipe.tokenizer
+        return cls(
+            models=slots.candidates("models", [recipe.model]),
+            tokenizer=slots.named("tokenizers", wanted) if wanted and wanted.use != AUTO.use else None,
+            parallel=slots.candidates("parallel", [recipe.parallel]),
+            kernels={operation: slots.candidates("kernels", [c]) for operation, c in recipe.kernels.items()},
         )
-    candidates, by = slots.candidates("models", [recipe.model])
-    model = choose("model", candidates, lambda m: _bound(Models, m).probe(), by)
-    models = _bound(Models, model.component)
-    wanted, by = recipe.tokenizer, "recipe"
-    if wanted is None or wanted.use == AUTO.use:  # the model's own; options of `auto` go over its options
-        own = {**models.tokenizer(), **(wanted.options if wanted else {})}
-        wanted, by = Component(use=own.pop("use"), options=own, at=("tokenizer",)), "default"
+
+
+@frozen
+class _Outline:
+    """What is settled before the machine is looked at."""
+
+    tokenizer: Choice
+    vocabulary: Decision
+    model: Choice
+    shape: Shape
+
+
+def _outline(slots: Slots, parts: _Parts, data_bytes: int) -> _Outline:
+    recipe = slots.recipe
+    assert recipe.model is not None
+    at, wanted = recipe.model.at, recipe.tokenizer
+    model = choose("model", parts.models[0], lambda m: bound(Models, m).probe(), parts.models[1], slots.place(at))
+    models, own, by = bound(Models, model.component), parts.tokenizer, "recipe"
+    if own is None:  # the model's; options of `auto` go over its options
+        by = "default"
+        with slots.placed(at):
+            options = {**models.tokenizer(), **(wanted.options if wanted else {})}
+        component = Component(use=options.pop("use"), options=options, at=("tokenizer",))
+        own = slots.named("tokenizers", component, home=(model.entry.distribution, OURS))
     told = f"{model.entry.name} goes with it" if by == "default" else "named in the recipe"
-    tokenizer = choose("tokenizer", [slots.named("tokenizers", wanted)], lambda t: Accept(why=told), by)
-    vocabulary = _bound(Tokenizers, tokenizer.component).vocab_size(data_bytes=data_bytes)
-    shape = models.shape(vocab_size=vocabulary.value)
+    tokenizer = choose("tokenizer", [own], lambda t: Accept(why=told), by)
+    with slots.placed(wanted.at if wanted else at):
+        vocabulary = bound(Tokenizers, tokenizer.component).vocab_size(data_bytes=data_bytes)
+        _answered(tokenizer, "vocab_size", vocabulary, Decision)
+    with slots.placed(at):
+        shape = models.shape(vocab_size=vocabulary.value)
+        _answered(model, "shape", shape, Shape)
+    for operation, component in recipe.kernels.items():
+        if operation not in (*shape.operations, "*"):
+            raise RefusedError(
+                line(
+                    f"{component.use} is named for an operation that model {model.entry.name} does not call (it calls: "
+                    f"{', '.join(shape.operations)}); leave the key out",
+                    ("kernels", operation),
+                    recipe.text,
+                    key=True,
+                )
+            )
+    return _Outline(tokenizer, vocabulary, model, shape)
+
+
+def _answered(choice: Choice, hook: str, answer: object, expected: type) -> None:
+    if not isinstance(answer, expected):
+        raise BrokenComponent(f"{choice.entry.label}: {hook!r} answered {answer!r:.60}, not a {expected.__name__}")
+
+
+def _placed(slots: Slots, parts: _Parts, outline: _Outline, machine: Machine, *, training: bool) -> ModelPlan:
+    recipe, shape = slots.recipe, outline.shape
     dtype = _compute_dtype(recipe, machine)
     tokens = recipe.data.max_seq_length * recipe.train.per_device_train_batch_size
     request = ParallelRequest(
@@ -257,21 +256,21 @@ def plan_model(
         memory_needed=training_memory(shape, tokens=tokens, dtype=dtype).total,
         memory_available=machine.memory,
     )
-    strategies, by = slots.candidates("parallel", [recipe.parallel])
-    parallel = choose(
-        "parallel", strategies, lambda p: _within_limits(_bound(Parallel, p).probe(request=request), shape), by
-    )
+    asked, by = parts.parallel
+    place = slots.place(recipe.parallel.at)
+    probe = lambda p: _within_limits(bound(Parallel, p).probe(request=request), shape)  # noqa: E731
+    parallel = choose("parallel", asked, probe, by, place)
     layout = parallel.accept.layout or Layout()
     kernels = {
-        operation: _kernel(slots, operation, KernelRequest(
+        operation: _kernel(slots, parts, KernelRequest(
             operation=operation, device=machine.device, dtype=dtype, shape=shape, training=training, tensor=layout.tensor
         ))
         for operation in shape.operations
     }  # fmt: skip
     return ModelPlan(
-        tokenizer=tokenizer,
-        vocabulary=vocabulary,
-        model=model,
+        tokenizer=outline.tokenizer,
+        vocabulary=outline.vocabulary,
+        model=outline.model,
         shape=shape,
         dtype=dtype,
         parallel=parallel,
@@ -288,10 +287,11 @@ def _within_limits(verdict: Verdict, shape: Shape) -> Verdict:
     return verdict
 
 
-def _kernel(slots: Slots, operation: str, request: KernelRequest) -> Choice:
-    wanted = slots.recipe.kernels.get(operation, slots.recipe.kernels.get("*", AUTO))
-    candidates, by = slots.candidates("kernels", [wanted])
-    return choose(f"kernels.{operation}", candidates, lambda k: _bound(Kernels, k).probe(request=request), by)
+def _kernel(slots: Slots, parts: _Parts, request: KernelRequest) -> Choice:
+    key = request.operation if request.operation in parts.kernels else "*"
+    (asked, by), place = parts.kernels[key], slots.place(slots.recipe.kernels[key].at)
+    probe = lambda k: bound(Kernels, k).probe(request=request)  # noqa: E731
+    return choose(f"kernels.{request.operation}", asked, probe, by, place)
 
 
 def _compute_dtype(recipe: Recipe, machine: Machine) -> str:

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import attrs
@@ -24,12 +25,16 @@ from nanovllm_core.structure import line, structure
 from nanovllm_core.yamltext import KeyPath, Text, dump, parse, read
 
 
+def _unchangeable(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(dict(options))  # the defaults of a recipe are shared by all of them
+
+
 @frozen(kw_only=True)
 class Component:
     """A component as a recipe names it: `{use: NAME, ...its options}`, or the bare name."""
 
     use: str
-    options: Mapping[str, Any] = field(factory=dict)
+    options: Mapping[str, Any] = field(factory=dict, converter=_unchangeable)
     at: KeyPath = field(default=(), eq=False, repr=False, metadata=INTERNAL)  # where in the recipe
 
     def to_data(self) -> Any:

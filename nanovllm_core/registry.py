@@ -1,43 +1,35 @@
 """Which components are installed, found through entry points and loaded one by one.
 
 Finding reads only the metadata of distributions; a component's module is imported when it is named, or when a slot says
-`auto` and its kind is asked. Nothing is global: every registry stands alone.
+`auto` and its kind is asked. Nothing is global: every registry stands alone. An import that hangs is given up, where the
+system allows it (`timelimit`); what a module prints while it is imported goes to standard error.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from importlib.metadata import EntryPoint
 from typing import Any
 
-from attrs import evolve, field, frozen
+from attrs import evolve, frozen
 
-from nanovllm_core.errors import AmbiguousComponent, BrokenComponent, ComponentError, UnknownComponent, listed, nearest
+from nanovllm_core.errors import (
+    AmbiguousComponent,
+    BrokenComponent,
+    ComponentError,
+    UnknownComponent,
+    listed,
+    nearest,
+    reason,
+)
 from nanovllm_core.hooks import verify
 from nanovllm_core.hookspecs import SPECS
-
-GROUP = "nanovllm."
-
-
-@frozen(kw_only=True, eq=False)
-class Entry:
-    """One component as its distribution announces it."""
-
-    kind: str
-    name: str
-    distribution: str = ""
-    version: str = ""
-    source: Any = field(repr=False)  # an EntryPoint, a class, or a ready instance
-
-    @property
-    def full_name(self) -> str:
-        """`distribution/name`, which is never ambiguous."""
-        return f"{self.distribution}/{self.name}"
-
-    @property
-    def label(self) -> str:
-        """`kind:name`, for messages."""
-        return f"{self.kind}:{self.name}"
+from nanovllm_core.installed import Entry as Entry
+from nanovllm_core.installed import installed
+from nanovllm_core.options import default_of, options_of
+from nanovllm_core.timelimit import Expired, time_limit
 
 
 @frozen(kw_only=True)
@@ -57,25 +49,14 @@ class Registry:
     """The components of one run or tool. Make one with `from_environment` or `of`."""
 
     entries: tuple[Entry, ...] = ()
+    timeout: float = 10.0  # seconds that the import of one component may take
 
     @classmethod
-    def from_environment(cls, without: Sequence[str] = ()) -> Registry:
+    def from_environment(cls, without: Sequence[str] = (), timeout: float = 10.0) -> Registry:
         """All installed components, less `without` (`kind:name` or `kind:distribution/name`), which is never imported."""
-        found: list[Entry] = []
-        seen: set[str] = set()
-        for dist in importlib.metadata.distributions():
-            if GROUP not in (dist.read_text("entry_points.txt") or "") or dist.name in seen:
-                continue  # parsing the metadata of every installed distribution would take most of the time
-            seen.add(dist.name)
-            for point in dist.entry_points:
-                kind = point.group.removeprefix(GROUP)
-                if point.group.startswith(GROUP) and kind in SPECS:
-                    found.append(
-                        Entry(kind=kind, name=point.name, distribution=dist.name, version=dist.version, source=point)
-                    )
         order = {kind: i for i, kind in enumerate(SPECS)}
-        found.sort(key=lambda e: (order[e.kind], e.name, e.distribution))
-        return cls(tuple(found)).without(without)
+        found = sorted(installed(), key=lambda e: (order.get(e.kind, len(order)), e.kind, e.name, e.distribution))
+        return cls(tuple(found), timeout).without(without)
 
     @classmethod
     def of(cls, **kinds: Mapping[str, Any]) -> Registry:
@@ -114,63 +95,115 @@ class Registry:
         """All entries of a kind, by name."""
         return tuple(e for e in self.entries if e.kind == kind)
 
-    def find(self, kind: str, name: str) -> Entry:
-        """The one entry with this bare or full name. Raises UnknownComponent or AmbiguousComponent."""
-        matches = [e for e in self.of_kind(kind) if name in (e.name, e.full_name)]
+    def find(self, kind: str, name: str, home: Sequence[str] = ()) -> Entry:
+        """The one entry with this bare or full name; where several have it, that of the first distribution in `home`.
+
+        Raises UnknownComponent or AmbiguousComponent.
+        """
+        named = [e for e in self.of_kind(kind) if name in (e.name, e.full_name)]
+        matches = [e for e in named if not e.fault] or named
+        if len(matches) > 1:
+            homely = [e for distribution in home for e in matches if e.distribution == distribution]
+            matches = homely[:1] or matches
         if len(matches) == 1:
             return matches[0]
         if matches:
             names = ", ".join(e.full_name for e in matches)
-            raise AmbiguousComponent(f"{kind}: {name!r} is offered by several distributions; write one of {names}")
+            raise AmbiguousComponent(f"{kind} {name!r} is offered by several distributions; write one of {names}")
         known = {e.name for e in self.of_kind(kind)}
-        raise UnknownComponent(
-            f"{kind}: nothing installed is named {name!r}{nearest(name, known)} (installed: {listed(known)})"
-        )
+        close = nearest(name, {e.full_name for e in self.of_kind(kind)} if "/" in name else known)
+        raise UnknownComponent(f"nothing installed in {kind} is named {name!r}{close} (installed: {listed(known)})")
+
+    def labelled(self, label: str) -> Entry:
+        """The one entry that `KIND:NAME` says. Raises UnknownComponent or AmbiguousComponent."""
+        kind, colon, name = label.partition(":")
+        if not colon or kind not in SPECS:
+            raise UnknownComponent(f"{label}: give KIND:NAME, e.g. tokenizers:bpe (kinds: {listed(SPECS)})")
+        return self.find(kind, name)
 
     def load(self, entry: Entry) -> Any:
         """The component's class (or the instance that was given). Raises BrokenComponent with the reason."""
         source = entry.source
-        if isinstance(source, importlib.metadata.EntryPoint):
-            try:
-                source = source.load()
-            except (Exception, SystemExit) as e:  # a stranger's module may raise anything; its reason is shown
-                raise BrokenComponent(f"{self._from(entry)}: does not import: {type(e).__name__}: {e}") from e
-        cls = source if isinstance(source, type) else type(source)
-        if problem := verify(entry.kind, cls):
-            raise BrokenComponent(f"{self._from(entry)}: {cls.__name__} {problem}")
+        try:
+            if entry.fault:
+                raise BrokenComponent(entry.fault)
+            if isinstance(source, EntryPoint):
+                source = self._import(source)
+            _check(entry.kind, source)
+        except BrokenComponent as e:
+            made = f" from {entry.distribution} {entry.version}".rstrip() if entry.distribution else ""
+            said = ": ".join(part for part in (f"{entry.label}{made}".strip(": "), str(e)) if part)
+            raise BrokenComponent(said) from e.__cause__
         return source
 
-    @staticmethod
-    def _from(entry: Entry) -> str:
-        return f"{entry.label} from {entry.distribution} {entry.version}".rstrip()
+    def _import(self, point: EntryPoint) -> Any:
+        try:
+            with redirect_stdout(sys.stderr), time_limit(self.timeout):
+                return point.load()
+        except Expired:
+            raise BrokenComponent(
+                f"its import does not end within {self.timeout:g} s (heavy imports belong inside methods)"
+            ) from None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:  # a stranger's module may raise anything, SystemExit too; its reason is shown
+            raise BrokenComponent(f"does not import: {reason(e)}") from e
 
     def rows(self) -> list[Row]:
         """Every component with its state; imports the (light) classes."""
-        rows = []
-        for e in self.entries:
-            state, summary = "ok", ""
-            try:
-                loaded = self.load(e)
-                summary = summary_of(loaded if isinstance(loaded, type) else type(loaded))
-            except BrokenComponent as error:
-                state, summary = "broken", str(error)
-            same = [o for o in self.entries if (o.kind, o.name) == (e.kind, e.name)]
-            if state == "ok" and len(same) > 1:
-                others = ", ".join(o.full_name for o in same if o is not e)
-                state, summary = "collision", f"write {e.full_name} in a recipe (also offered: {others}); {summary}"
-            rows.append(
-                Row(
-                    kind=e.kind,
-                    name=e.name,
-                    distribution=e.distribution,
-                    version=e.version,
-                    state=state,
-                    summary=summary,
-                )
-            )
-        return rows
+        return [self.row(e) for e in self.entries]
+
+    def summary(self, entry: Entry) -> str:
+        """The first line of its docstring; imports its class. Raises BrokenComponent."""
+        loaded = self.load(entry)
+        text = (loaded if isinstance(loaded, type) else type(loaded)).__doc__
+        return text.strip().partition("\n")[0] if isinstance(text, str) else ""
+
+    def row(self, entry: Entry, load: Callable[[], str] | None = None) -> Row:
+        """One component with its state; `load` gives its summary or raises BrokenComponent, else it is imported here."""
+        state = "ok"
+        try:
+            summary = load() if load else self.summary(entry)
+        except BrokenComponent as error:
+            state, summary = "broken", str(error)
+        others = [
+            o.full_name for o in self.of_kind(entry.kind) if o.name == entry.name and o is not entry and not o.fault
+        ]
+        if state == "ok" and others:
+            state = "collision"
+            summary = f"write {entry.full_name} in a recipe (also offered: {', '.join(others)}); {summary}"
+        return Row(
+            kind=entry.kind,
+            name=entry.name,
+            distribution=entry.distribution,
+            version=entry.version,
+            state=state,
+            summary=summary,
+        )
 
 
-def summary_of(cls: type) -> str:
-    """The first line of a component's docstring."""
-    return (cls.__doc__ or "").strip().partition("\n")[0]
+def _check(kind: str, source: Any) -> None:
+    """Raise BrokenComponent for a class that cannot be what its kind needs, or an instance of one."""
+    cls = source if isinstance(source, type) else type(source)
+    try:
+        if problem := verify(kind, cls):
+            raise BrokenComponent(f"{cls.__name__} {problem}")
+        if cls is source:
+            for a, _ in options_of(cls):
+                default_of(cls, a)
+    except BrokenComponent:
+        raise
+    except Exception as e:  # a metaclass can make all of this fail
+        raise BrokenComponent(f"its class cannot be looked at ({reason(e)})") from e
+
+
+def rows_table(rows: Sequence[Row]) -> str:
+    """The lines of `nanovllm plugins`, in columns. What a stranger wrote cannot move the cursor."""
+    last = [name for name in ("seconds", "summary") if rows and hasattr(rows[0], name)]
+    cells = [("KIND", "NAME", "FROM", "STATE", *(name.upper() for name in last))]
+    for r in rows:
+        values = (r.kind, r.name, f"{r.distribution} {r.version}", r.state, *(getattr(r, name) for name in last))
+        cells.append(tuple("".join(c if c.isprintable() else "?" for c in str(v)).strip() or "-" for v in values))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
+    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in cells]
+    return "\n".join(lines) + "\n"

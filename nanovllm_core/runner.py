@@ -9,7 +9,7 @@ from nanovllm_core.corpus import count, phase, prepare
 from nanovllm_core.errors import RefusedError
 from nanovllm_core.hookspecs import hookimpl
 from nanovllm_core.job import Job, asked_length, say_finished
-from nanovllm_core.lock import identity, lock_of
+from nanovllm_core.lock import contents, identity, lock_of
 from nanovllm_core.output import TOKENS, claimed, finished, locked_by, settle, write_lock
 from nanovllm_core.plan import Plan
 from nanovllm_core.training.stop import StopRequest
@@ -34,17 +34,18 @@ def run(plan: Plan, callbacks: Sequence[object] = (), stop: StopRequest | None =
         with phase(events, "hashing the documents") as tell:
             fingerprint = plan.data.documents.fingerprint(tell)
         with phase(events, "hashing the model") as tell:
-            who = identity(plan, fingerprint, tell)
+            named = contents(plan, tell)
+        who = identity(plan, fingerprint, named)
         documents = count(plan, fingerprint, folder / TOKENS, events)  # a bad one stops the run before anything moves
         length = asked_length(plan)
         found = settle(claim, who, length, lambda text: events.note(text=text))
         done = finished(folder)
         if done is not None and done[1] == length and (found is None or found[1].step == done[0]):
             if locked_by(folder) != who:
-                write_lock(folder, lock_of(plan, who, fingerprint))
+                write_lock(folder, lock_of(plan, who, fingerprint, named))
             say_finished(events, done[0], folder)
         else:
-            write_lock(folder, lock_of(plan, who, fingerprint))
+            write_lock(folder, lock_of(plan, who, fingerprint, named))
             corpus = prepare(plan, fingerprint, documents, folder / TOKENS, events)
             Job(plan, corpus, who, events, stop).run(found)
     events.run_finished(output_dir=folder)

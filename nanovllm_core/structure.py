@@ -18,6 +18,7 @@ from attrs import NOTHING
 
 from nanovllm_core.contracts import ModelRef
 from nanovllm_core.errors import NanoError, RecipeError, nearest
+from nanovllm_core.files import located
 from nanovllm_core.options import (
     INTERNAL,
     Option,
@@ -26,8 +27,10 @@ from nanovllm_core.options import (
     at_most,
     below,
     between,
+    default_of,
     describe,
     is_union,
+    not_one_of,
     options_of,
     origin,
     shown,
@@ -142,7 +145,7 @@ def _converter(base: Path | None) -> Converter:
     for scalar in (bool, int, str):
         c.register_structure_hook(scalar, _exact)
     c.register_structure_hook(float, lambda value, tp: _number(value))
-    c.register_structure_hook(Path, lambda value, tp: (base or Path()) / Path(_exact(value, str)).expanduser())
+    c.register_structure_hook(Path, lambda value, tp: _path(_exact(value, str), base))
     return c
 
 
@@ -165,8 +168,7 @@ def _literal(value: Any, tp: Any) -> Any:
     allowed = get_args(tp)
     if any(type(value) is type(a) and value == a for a in allowed):
         return value
-    hint = nearest(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
-    raise _problem(f"got {shown(value)}{hint} (allowed: {', '.join(shown(a) for a in allowed)})")
+    raise _problem(not_one_of(value, allowed))
 
 
 def _union(c: Converter, value: Any, tp: Any) -> Any:
@@ -246,9 +248,7 @@ def _validate(cls: Any, given: Mapping[str, Any], written: set[str], gather: _Ga
     draft = cls.__new__(cls)
     for a in attrs.fields(cls):
         name = a.alias or a.name
-        value = given.get(name, NOTHING if name in written else a.default)
-        if isinstance(value, attrs.Factory) and not value.takes_self:  # type: ignore[arg-type]
-            value = value.factory()
+        value = given.get(name, NOTHING if name in written else default_of(cls, a))
         if value is not NOTHING:
             object.__setattr__(draft, a.name, a.converter(value) if inspect.isfunction(a.converter) else value)
     complete = not gather.items
@@ -267,6 +267,14 @@ def _said(e: Exception) -> str:
     return first if isinstance(e, ValueError | TypeError | NanoError) and first else f"{type(e).__name__}: {e}"
 
 
+def _path(value: str, base: Path | None) -> Path:
+    try:
+        return located(base or Path(), value)
+    except ValueError as e:
+        raise _problem(str(e)) from None
+
+
 def _model_ref(value: str, base: Path | None) -> ModelRef:
-    folder = (base or Path()) / Path(value).expanduser()
-    return ModelRef(str(folder.resolve()) if value and folder.exists() else value)
+    folder = _path(value, base)
+    here = folder.is_dir() or (folder.suffix.lower() == ".gguf" and folder.is_file())
+    return ModelRef(str(folder.resolve()) if value and here else value)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nanovllm_core.errors import ModelError, listed, nearest
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 CONFIG_BYTES, INDEX_BYTES = 4 << 20, 64 << 20  # far above any real one
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors -> torch
+DTYPES = MappingProxyType(
+    {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+)  # safetensors -> torch
 
 
 class ModelFolder:

@@ -9,16 +9,19 @@ milliseconds.
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
 from attrs import field, frozen
 
 from nanovllm_core.errors import RecipeError
+from nanovllm_core.files import sibling
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -34,15 +37,19 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.+@-]*( [A-Za-z0-9_/.+@-]+)*")  # strings that need no quotes
 _ESCAPED = re.compile('[\\x00-\\x1f"\\\\\\x7f-\\xa0\u2028\u2029\ufeff\ufffe\uffff]')
-_SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-_HINTS = {  # part of PyYAML's message -> how to mend it
-    r"character '\t'": "a tab; indent and separate with spaces",
-    "mapping values are not allowed": "the indentation is off, or a value holds ': ' and needs quotes",
-    "while scanning an alias": "aliases are not allowed; put quotes around a string that begins with '*'",
-    "while scanning an anchor": "anchors are not allowed; put quotes around a string that begins with '&'",
-    "that cannot start any token": "put quotes around a string that begins with this character",
-    "could not find expected ':'": "a line that is neither `key: value` nor `- item`",
-}
+_SHORT = MappingProxyType({'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"})
+_HINTS = MappingProxyType(
+    {  # part of PyYAML's message -> how to mend it
+        r"character '\t'": "a tab; indent and separate with spaces",
+        "mapping values are not allowed": "the indentation is off, or a value holds ': ' and needs quotes",
+        "while scanning an alias": "aliases are not allowed; put quotes around a string that begins with '*'",
+        "while scanning an anchor": "anchors are not allowed; put quotes around a string that begins with '&'",
+        "that cannot start any token": "put quotes around a string that begins with this character",
+        "found unexpected end of stream": "a quote that is not closed",
+        "while parsing a flow": "a bracket that is not closed, or a comma is missing",
+        "could not find expected ':'": "a line that is neither `key: value` nor `- item`",
+    }
+)
 
 
 @frozen
@@ -84,17 +91,19 @@ def read(path: Path | str) -> Text:
         with open(path, "rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file") from None
+        raise RecipeError(f"{path}: no such file{sibling(Path(path))}") from None
     except IsADirectoryError:
         raise RecipeError(f"{path}: is a folder; name the recipe file in it") from None
-    except OSError as e:
-        raise RecipeError(f"{path}: cannot be read ({e.strerror or e})") from e
+    except (OSError, ValueError) as e:  # ValueError: a name that no system allows
+        raise RecipeError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
     _limit(len(raw), str(path))
     try:
         return parse(raw.decode("utf-8"), str(path))
     except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise RecipeError(f"{path}:{line}: byte {e.start} is not UTF-8 ({e.reason}); save the file as UTF-8") from None
+        before = raw[: e.start].decode("utf-8")
+        place = Place(str(path), before.count("\n") + 1, len(before) - before.rfind("\n"))
+        why = "it looks like UTF-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else e.reason
+        raise RecipeError(f"{place}: byte {e.start} is not UTF-8 ({why}); save the file as UTF-8") from None
 
 
 def parse(text: str, file: str) -> Text:
@@ -105,10 +114,11 @@ def parse(text: str, file: str) -> Text:
         return _Reader(yaml.parse(text, Loader=yaml.SafeLoader), file).read()
     except yaml.reader.ReaderError as e:
         before = text[: e.position]
-        place = Place(file, before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
+        place = Place(file, before.count("\n") + 1, len(before) - before.rfind("\n"))
         raise RecipeError(f"{place}: character U+{ord(text[e.position]):04X} is not allowed in YAML") from None
     except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
+        open_end = "found unexpected end of stream" in (e.problem or "")  # then the beginning is what to look at
+        mark = (e.context_mark if open_end else e.problem_mark) or e.context_mark
         place = Place(file, mark.line + 1, mark.column + 1) if mark else Place(file)
         problem = ", ".join(part for part in (e.context, e.problem) if part)
         hint = next((f": {hint}" for part, hint in _HINTS.items() if part in problem), "")

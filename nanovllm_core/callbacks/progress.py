@@ -50,7 +50,7 @@ class Progress:
         from rich.console import Console
 
         s = self._screen
-        s.console = Console(highlight=False) if plan.machine.rank == 0 else None
+        s.console = Console(highlight=False, emoji=False) if plan.machine.rank == 0 else None
         shape = plan.model.shape
         self._say(
             f"{plan.model.model.entry.name} model: {shape.family}, {shape.parameters:,} parameters "

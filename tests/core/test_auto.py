@@ -11,7 +11,7 @@ from attrs import frozen
 
 from nanovllm_core import Machine, Recipe, Registry, hookimpl, make_plan
 from nanovllm_core.contracts import Document, Record, Segment
-from nanovllm_core.errors import OptionError, RefusedError, UnknownComponent
+from nanovllm_core.errors import BrokenComponent, OptionError, RefusedError, UnknownComponent
 from nanovllm_core.explain import explain
 from nanovllm_core.plan import Plan
 
@@ -35,6 +35,17 @@ class Needs(Shouts):
     level: int
 
 
+@frozen(kw_only=True, eq=False)
+class Mute:
+    """Answers nothing."""
+
+    @hookimpl
+    def vocab_size(self, data_bytes: int) -> Any: ...
+
+    @hookimpl
+    def make(self, texts: Any, vocab_size: int) -> Any: ...
+
+
 @pytest.fixture
 def plan(tmp_path: Path) -> Any:
     def make(**keys: Any) -> Plan:
@@ -42,7 +53,9 @@ def plan(tmp_path: Path) -> Any:
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         data = {"path": str(tmp_path / "a.jsonl"), **keys.pop("data", {})}
         recipe = {"data": data, "model": "preset", "output_dir": str(tmp_path / "out"), **keys}
-        registry = Registry.from_environment().extended(extractors={"shouts": Shouts, "allneeds": Needs})
+        registry = Registry.from_environment().extended(
+            extractors={"shouts": Shouts, "allneeds": Needs}, tokenizers={"mute": Mute}
+        )
         return make_plan(Recipe.from_data(recipe), registry, Machine())
 
     return make
@@ -72,6 +85,11 @@ def test_the_models_own_tokenizer_with_options(plan: Any) -> None:
     assert plan(tokenizer="auto").model.tokenizer.entry.name == "bpe"
     with pytest.raises(OptionError, match="tokenizer: unknown key 'sise'; did you mean 'size'"):
         plan(tokenizer={"use": "auto", "sise": 300})
+
+
+def test_a_hook_without_an_answer_is_named(plan: Any) -> None:
+    with pytest.raises(BrokenComponent, match=r"^tokenizers:mute: 'vocab_size' answered None, not a Decision$"):
+        plan(tokenizer="mute")
 
 
 def test_callbacks_are_not_chosen(plan: Any) -> None:

@@ -1,12 +1,14 @@
 """A component that breaks its spec is told so in one sentence; a sound one is called through a typed relay."""
 
+from typing import ClassVar
+
 import pytest
 from attrs import define, frozen
 
 from nanovllm_core.contracts import Accept, Document, Record, Segment, Source
 from nanovllm_core.errors import BrokenComponent
 from nanovllm_core.hooks import bind, given, verify
-from nanovllm_core.hookspecs import SPECS, Callbacks, Extractors, Readers, hookimpl
+from nanovllm_core.hookspecs import LEVELS, SPECS, Callbacks, Extractors, Readers, hookimpl
 
 
 @frozen(kw_only=True, eq=False)
@@ -81,6 +83,26 @@ class NoHooks:
     pass
 
 
+@frozen(kw_only=True, eq=False)
+class Newer(Good):
+    nanovllm_api: ClassVar[int] = 2
+
+
+@frozen(kw_only=True, eq=False)
+class Older(Good):
+    nanovllm_api: ClassVar[int] = 0
+
+
+@frozen(kw_only=True, eq=False)
+class SaysItsLevel(Good):
+    nanovllm_api: ClassVar[int] = LEVELS["readers"]
+
+
+@frozen(kw_only=True, eq=False)
+class LevelAsAnOption(Good):
+    nanovllm_api: int = 1
+
+
 @pytest.mark.parametrize(
     ("cls", "kind", "says"),
     [
@@ -97,17 +119,26 @@ class NoHooks:
         (NoHooks, "callbacks", "has no hook"),
         (Good, "models", "'read' that models do not have"),
         (Good(), "readers", "is Good, not a class"),
+        (
+            Newer,
+            "readers",
+            "API level 2 of readers, and this nanovllm has level 1: install a newer nanovllm, or an older",
+        ),
+        (Older, "readers", "API level 0 of readers, and this nanovllm has level 1: install a newer version of it"),
+        (LevelAsAnOption, "readers", "write `nanovllm_api: ClassVar[int] = 1`"),
     ],
 )
 def test_a_broken_component_is_named_with_its_fault(cls, kind, says):
     assert says in verify(kind, cls)
 
 
-def test_a_sound_component_passes():
-    assert verify("readers", Good) is None
+@pytest.mark.parametrize("cls", [Good, SaysItsLevel])
+def test_a_sound_component_passes(cls):
+    assert verify("readers", cls) is None
 
 
 def test_every_kind_has_hooks_and_their_documentation():
+    assert LEVELS.keys() == SPECS.keys()
     for kind, spec in SPECS.items():
         hooks = [m for n, m in vars(spec).items() if not n.startswith("_") and callable(m)]
         assert hooks, kind
@@ -176,6 +207,10 @@ class Misspelt(Plain):
     def step_don(self, step): ...
 
 
+class OfAnotherLevel(Plain):
+    nanovllm_api = 7
+
+
 class Equal(Plain):
     def __eq__(self, other):
         return True
@@ -193,6 +228,7 @@ def test_ready_instances_need_not_be_attrs():
     [
         (Misspelt(), "Misspelt has a hook 'step_don' that callbacks do not have; did you mean 'step_done'?"),
         (Equal(), "Equal compares by value"),
+        (OfAnotherLevel(), "OfAnotherLevel is written for API level 7 of callbacks"),
         (object(), "object has no hook"),
         (Plain, "Plain is a class; give an instance of it"),
     ],

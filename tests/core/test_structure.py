@@ -14,7 +14,7 @@ from attrs import field, frozen
 
 from nanovllm_core.contracts import ModelRef
 from nanovllm_core.errors import BrokenComponent, OptionError, RecipeError
-from nanovllm_core.options import INTERNAL, Bounds
+from nanovllm_core.options import INTERNAL, Bounds, one_of
 from nanovllm_core.structure import above, at_least, at_most, below, between, describe, path_text, structure
 from nanovllm_core.yamltext import parse
 
@@ -203,6 +203,17 @@ def test_bounds() -> None:
             assert str(caught.value) == f"got {value}, {text}"
         with pytest.raises(TypeError, match="got 'x', expected a number"):
             bounds(None, attribute, "x")
+
+
+def test_one_of() -> None:
+    attribute = attrs.fields(Inner).name
+    allowed = one_of("tiny", "small", 3)
+    for value in ("tiny", 3, None):
+        allowed(None, attribute, value)
+    for value, said in [("smal", "got 'smal'; did you mean 'small'?"), (3.0, "got 3.0"), (True, "got true")]:
+        with pytest.raises(ValueError) as caught:
+            allowed(None, attribute, value)
+        assert str(caught.value) == f"{said} (allowed: 'tiny', 'small', 3)"
 
 
 def test_paths_and_descriptions() -> None:

@@ -135,7 +135,7 @@ def test_files(tmp_path) -> None:
     assert read(path).data == {"a": "café", "b": 1}
     assert read(path).place(("a",)).column == 4
     path.write_bytes(b"a: 1\nb: \xff\n")
-    with pytest.raises(RecipeError, match=r"r\.yaml:2: byte 8 is not UTF-8"):
+    with pytest.raises(RecipeError, match=r"r\.yaml:2:4: byte 8 is not UTF-8"):
         read(path)
     path.write_bytes(b"# " + b"x" * (1 << 20))
     with pytest.raises(RecipeError, match="larger than 1 MB"):

@@ -90,7 +90,7 @@ def test_plugins(tmp_path):
         (["run", "recipe.yaml", "--set", "model.use=prset"], "did you mean 'preset'"),
         (
             ["run", "recipe.yaml", "--set", "model.size=huge"],
-            "--set model.size=huge: model.size: 'size' must be in ('tiny',",
+            "--set model.size=huge: model.size: got 'huge' (allowed: 'tiny', 'small', ",
         ),
         (["run", "recipe.yaml", "--set", "model.sise=tiny"], "did you mean 'size'"),
         (

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
-from attrs.validators import ge, in_, instance_of, optional
 
 from nanovllm_core.contracts import Accept, Module, Ops, Shape, Verdict
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hookspecs import hookimpl
+from nanovllm_core.options import at_least, one_of
 from nanovllm_models.config import Rope, TransformerConfig, outline
 from nanovllm_models.families.llama import ARCHITECTURES, to_huggingface
 
@@ -39,12 +39,12 @@ class Preset:
     max_position_embeddings: longest context in tokens that the model is declared for
     """
 
-    size: str = field(default="small", validator=in_(tuple(SIZES)))
-    family: str = field(default="qwen3", validator=in_(tuple(ARCHITECTURES)))
+    size: str = field(default="small", validator=one_of(*SIZES))
+    family: str = field(default="qwen3", validator=one_of(*ARCHITECTURES))
     tied: bool = True
-    kv_heads: int | None = field(default=None, validator=optional([instance_of(int), ge(1)]))
-    intermediate: int | None = field(default=None, validator=optional([instance_of(int), ge(1)]))
-    max_position_embeddings: int = field(default=4096, validator=[instance_of(int), ge(1)])
+    kv_heads: int | None = field(default=None, validator=at_least(1))
+    intermediate: int | None = field(default=None, validator=at_least(1))
+    max_position_embeddings: int = field(default=4096, validator=at_least(1))
 
     def __attrs_post_init__(self) -> None:
         heads = SIZES[self.size][2]
