@@ -33,6 +33,7 @@ class ParallelContract(Contract):
     worlds: Sequence[int] = (1,)
     tolerance: float = 2e-5
     _measured: ClassVar[dict[int, Measured | Exception]]
+    _alone: ClassVar[tuple[dict[str, Any], dict[str, Any]] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -140,7 +141,10 @@ class ParallelContract(Contract):
         from nanovllm_core.testing.alone import Alone
         from nanovllm_core.testing.ranks import measure
 
-        return measure(Alone(), 1, None)
+        if self._alone is None:
+            type(self)._alone = measure(Alone(), 1, None)
+        assert self._alone is not None
+        return self._alone
 
     def loss_of(self, tensors: dict[str, Any], when: str) -> float:
         from nanovllm_core.testing.alone import Held, module_of

@@ -11,6 +11,7 @@ from attrs import evolve, field, frozen
 from nanovllm_core import hookimpl
 from nanovllm_core.contracts import IGNORE, OPERATIONS, Accept, Refuse
 from nanovllm_core.testing import KernelContract, failures
+from nanovllm_core.testing.kernel_cases import SHAPES
 from nanovllm_core.testing.reference import reference_ops
 
 
@@ -38,6 +39,7 @@ class Defined:
 def told(operation, function, component=Defined):
     class Kit(KernelContract):
         operations = (operation,)
+        shapes = SHAPES[:2]
 
     Kit.component = component(operation=operation, function=function)
     return set(failures(Kit))
@@ -46,6 +48,7 @@ def told(operation, function, component=Defined):
 def test_the_definitions_are_right():
     class Kit(KernelContract):
         component = Defined()
+        shapes = SHAPES[:2]
 
     assert failures(Kit) == {}
 
