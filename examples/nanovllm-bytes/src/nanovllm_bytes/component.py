@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from attrs import frozen
+
 from nanovllm_core.contracts import Decision, Tokenizer
 from nanovllm_core.errors import DataError, ModelError
 from nanovllm_core.hookspecs import hookimpl

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 from attrs.validators import deep_iterable
+
+from nanovllm_conv.config import MODEL_TYPE, ConvConfig, parameter_count, parameter_shapes
 from nanovllm_core.contracts import Accept, ModelRef, Module, Ops, Refuse, Shape, Verdict
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hookspecs import hookimpl
 from nanovllm_core.hub import resolve
 from nanovllm_core.options import at_least, between
 from nanovllm_core.weights import ModelFolder, read_config
-
-from nanovllm_conv.config import MODEL_TYPE, ConvConfig, parameter_count, parameter_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attrs import frozen
+
 from nanovllm_core.errors import ModelError
 
 MODEL_TYPE = "nanovllm_conv"

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from nanovllm_core.contracts import Batch, Ops
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm_conv.config import ConvConfig
+from nanovllm_core.contracts import Batch, Ops
 
 
 class ConvModel(nn.Module):
@@ -45,7 +45,9 @@ class ConvModel(nn.Module):
     def new_cache(self, rows: int, device: str) -> list[Past]:
         """Empty state for `rows` sequences, one object a block."""
         c, dtype = self.config, getattr(torch, self.ops.dtype)
-        return [Past(torch.zeros(rows, (c.kernel - 1) * d, c.intermediate, dtype=dtype, device=device)) for d in c.dilations]
+        return [
+            Past(torch.zeros(rows, (c.kernel - 1) * d, c.intermediate, dtype=dtype, device=device)) for d in c.dilations
+        ]
 
 
 class Past:
@@ -58,8 +60,11 @@ class Past:
         """Remember the newest W inputs of each sequence; the others are not needed again."""
         assert batch.slots is not None
         width = self.rings_BWI.shape[1]
-        lengths = torch.tensor(batch.lengths, device=x_TI.device).repeat_interleave(batch.cu_seqlens.diff())
-        new = batch.positions >= lengths - width if batch.context == 0 else slice(None)
+        if batch.context:
+            new: Tensor | slice = slice(None)
+        else:
+            lengths_D = batch.cu_seqlens.diff()
+            new = batch.positions >= lengths_D.repeat_interleave(lengths_D) - width
         self.rings_BWI[batch.slots[new], batch.positions[new] % width] = x_TI[new].to(self.rings_BWI.dtype)
 
     def back(self, by: int, batch: Batch) -> Tensor:

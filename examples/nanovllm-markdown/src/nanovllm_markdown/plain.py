@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 
 from attrs import frozen
+
 from nanovllm_core.contracts import Document, Record, Segment
 from nanovllm_core.errors import DataError
 from nanovllm_core.hookspecs import hookimpl
@@ -22,7 +23,9 @@ COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 IMAGE_OR_LINK = re.compile(r"!?\[([^\[\]]*)\]\([^()\s]*(?:[ \t]+\"[^\"]*\")?\)")
 STRONG = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
-EMPHASIS = re.compile(r"(?<![\w*])(\*)(?=[^\s*])(.+?)(?<=[^\s*])\1(?![\w*])|(?<!\w)(_)(?=[^\s_])(.+?)(?<=[^\s_])\3(?!\w)")
+EMPHASIS = re.compile(
+    r"(?<![\w*])(\*)(?=[^\s*])(.+?)(?<=[^\s*])\1(?![\w*])|(?<!\w)(_)(?=[^\s_])(.+?)(?<=[^\s_])\3(?!\w)"
+)
 
 
 @frozen(kw_only=True, eq=False)

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Iterator
 
 from attrs import frozen
+
 from nanovllm_core.contracts import Accept, Record, Refuse, Source, Verdict
 from nanovllm_core.errors import DataError
 from nanovllm_core.hookspecs import hookimpl

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from attrs import define, field, frozen
+
 from nanovllm_core.contracts import Accept, Record, Refuse, Source, Verdict
 from nanovllm_core.errors import DataError
 from nanovllm_core.hookspecs import hookimpl
-
 from nanovllm_markdown.readers import decoded
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attrs import frozen
+
 from nanovllm_core.contracts import Accept, KernelRequest, Refuse, Verdict
 from nanovllm_core.hookspecs import hookimpl
 
@@ -22,7 +23,9 @@ class Lean:
         if request.device != "cpu":
             return Refuse(f"device {request.device!r}: made for cpu (it looks at values, for which a GPU would wait)")
         if request.dtype != "float32":
-            return Refuse(f"dtype {request.dtype!r}: float32 alone (a bf16 product has lost too many bits to be undone)")
+            return Refuse(
+                f"dtype {request.dtype!r}: float32 alone (a bf16 product has lost too many bits to be undone)"
+            )
         if not request.training:
             return Refuse("saves memory in training; generation keeps nothing anyway")
         return Accept(1, "keeps one activation instead of two")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
+
 from nanovllm_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:

@@ -1,0 +1,127 @@
+"""What every operation of `contracts.Ops` must compute: its definition, written out in plain differentiable torch.
+
+Slow and simple on purpose: a document at a time, all logits at once. The functions compute in the dtype of what they
+are given, so in float64 they are the definition that a kernel is measured against. `reference_ops` makes an `Ops` of
+them that computes in float64 and rounds each result once: a model under test then shows its own mistakes alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm_core.contracts import IGNORE, KV, OPERATIONS, Batch, Ops
+
+
+def embedding(ids_T: Tensor, weight_VC: Tensor) -> Tensor:
+    return weight_VC[ids_T]
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    return x @ weight_OI.T if bias_O is None else x @ weight_OI.T + bias_O
+
+
+def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight_C
+
+
+def layer_norm(x: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps) * weight_C + bias_C
+
+
+def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:
+    def rotated(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return x * cos_TH[:, None] + torch.cat((-b, a), -1) * sin_TH[:, None]
+
+    return rotated(q_TNH), rotated(k_TKH)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate * torch.sigmoid(gate) * up
+
+
+def gelu(x: Tensor, tanh: bool) -> Tensor:
+    if tanh:
+        return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    return x * 0.5 * torch.erfc(-x / math.sqrt(2))  # erfc keeps the digits that 1 + erf loses far below zero
+
+
+def attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, kv: KV | None = None, window: int | None = None
+) -> Tensor:
+    cached = None if kv is None else kv.update(k_TKH, v_TKH, batch)
+    if cached is not None:
+        return _decode(q_TNH, *cached, batch, window)
+    parts = zip(*(torch.split(x, list(batch.lengths)) for x in (q_TNH, k_TKH, v_TKH)), strict=True)
+    outputs = [_document(q, k, v, window) for q, k, v in parts]
+    return torch.cat(outputs) if outputs else q_TNH.clone()
+
+
+def _decode(q_BNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, batch: Batch, window: int | None) -> Tensor:
+    lengths = [int(p) + 1 for p in batch.positions]
+    rows = zip(torch.split(q_BNH, 1), k_BSKH, v_BSKH, lengths, strict=True)
+    return torch.cat([_document(q, k[:n], v[:n], window) for q, k, v, n in rows])
+
+
+def _document(q_LNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, window: int | None) -> Tensor:
+    """Queries are the last L of S positions."""
+    new, all_, heads = q_LNH.shape[0], k_SKH.shape[0], q_LNH.shape[1]
+    k, v = (x.repeat_interleave(heads // k_SKH.shape[1], 1) for x in (k_SKH, v_SKH))
+    scores_NLS = torch.einsum("lnh,snh->nls", q_LNH, k) * q_LNH.shape[-1] ** -0.5
+    at_L1 = torch.arange(all_ - new, all_, device=q_LNH.device)[:, None]
+    back_LS = at_L1 - torch.arange(all_, device=q_LNH.device)  # how far a key lies behind its query
+    seen_LS = (back_LS >= 0) if window is None else (back_LS >= 0) & (back_LS < window)
+    return torch.einsum("nls,snh->lnh", torch.softmax(scores_NLS.masked_fill(~seen_LS, -math.inf), -1), v)
+
+
+def linear_cross_entropy(x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> Tensor:
+    kept = targets_T != IGNORE
+    log_probs = torch.log_softmax(x_TC[kept] @ weight_VC.T, -1)
+    return -log_probs.gather(1, targets_T[kept][:, None]).sum()
+
+
+DEFINITIONS: Mapping[str, Callable[..., Any]] = {
+    "embedding": embedding,
+    "linear": linear,
+    "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
+    "rotary": rotary,
+    "swiglu": swiglu,
+    "gelu": gelu,
+    "attention": attention,
+    "linear_cross_entropy": linear_cross_entropy,
+}
+
+
+def reference_ops(dtype: str = "float32") -> Ops:
+    """All operations by their definitions, computed in float64, results rounded to `dtype` (the loss to fp32)."""
+    return Ops(dtype=dtype, **{name: _rounded(name, getattr(torch, dtype)) for name in OPERATIONS})
+
+
+def _rounded(name: str, dtype: torch.dtype) -> Callable[..., Any]:
+    definition = DEFINITIONS[name]
+    result = torch.promote_types(dtype, torch.float32) if name == "linear_cross_entropy" else dtype
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        out = definition(*map(_wide, args), **{k: _wide(v) for k, v in kwargs.items()})
+        return tuple(o.to(result) for o in out) if isinstance(out, tuple) else out.to(result)
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, batch: Batch, kv: KV | None = None, window: int | None = None
+    ) -> Tensor:
+        cached = None if kv is None else kv.update(k, v, batch)  # a cache holds them as the model made them
+        if cached is not None:
+            return _decode(q.double(), cached[0].double(), cached[1].double(), batch, window).to(result)
+        return attention(q.double(), k.double(), v.double(), batch, None, window).to(result)
+
+    return attend if name == "attention" else call
+
+
+def _wide(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
