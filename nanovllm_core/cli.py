@@ -1,4 +1,4 @@
-"""The command line: `nanovllm init | run | explain | plugins | generate`.
+"""The command line: `nanovllm init | run | explain | plugins | new | generate`.
 
 Thin: parse, call the core, print. A user's mistake is one message on standard error and exit code 2.
 """
@@ -24,6 +24,7 @@ start here:
   nanovllm explain demo/recipe.yaml       what a recipe would do: every choice and its reason
   nanovllm generate demo/model --prompt "The"
   nanovllm plugins                        readers, tokenizers, models, ... that are installed
+  nanovllm new readers NAME               a plugin of your own to edit, with its tests
 """
 
 RUN = """\
@@ -105,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     plugins.add_argument("--json", action="store_true", help="a list of objects, for tools")
     plugins.set_defaults(command=_plugins)
+
+    new = commands.add_parser("new", help="write a plugin of your own: a distribution to edit, with its tests")
+    new.add_argument("kind", metavar="KIND", help="readers, extractors, tokenizers, models, kernels, parallel or callbacks")
+    new.add_argument("name", metavar="NAME", help="what a recipe will write: letters, digits, - and _")
+    new.add_argument(
+        "folder", metavar="FOLDER", nargs="?", type=Path, help="a new or empty folder (default: nanovllm-NAME)"
+    )
+    new.set_defaults(command=_new)
 
     generate = commands.add_parser("generate", help="continue prompts with a trained model")
     generate.add_argument("folder", help="a run's output_dir, any model folder of a supported family, or a hub name")
@@ -203,6 +212,15 @@ def _plugins(args: argparse.Namespace) -> int:
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     for row in cells:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip())
+    return 0
+
+
+def _new(args: argparse.Namespace) -> int:
+    from nanovllm_core.scaffold import new
+
+    written = new(args.kind, args.name, args.folder)
+    print(f"{args.kind}:{args.name} is in {written.component}: edit it there. Next:")
+    print("".join(f"  {step}\n" for step in written.next_steps), end="")
     return 0
 
 
