@@ -157,7 +157,10 @@ class TokenizerContract(Contract):
         tokenizer = self.made()
         texts = [*self.texts, *tokenizer.special_texts]
         jobs = [(text, markup) for text in texts for markup in (False, True)] * 8
-        encode = lambda job: tokenizer.encode([job[0]], markup=job[1])[0]  # noqa: E731
+
+        def encode(job: tuple[str, bool]) -> list[int]:
+            return tokenizer.encode([job[0]], markup=job[1])[0]
+
         alone = [encode(job) for job in jobs]
         with ThreadPoolExecutor(8) as pool:
             together = list(pool.map(encode, jobs))
@@ -185,7 +188,7 @@ class TokenizerContract(Contract):
         from transformers import AutoTokenizer
 
         try:
-            opened: Any = AutoTokenizer.from_pretrained(str(tmp_path))  # type: ignore[no-untyped-call]
+            opened: Any = AutoTokenizer.from_pretrained(str(tmp_path))
         except Exception as e:
             written = sorted(path.name for path in tmp_path.iterdir())
             raise AssertionError(self.told(f"saved {written}: {e}", "`save` writes what AutoTokenizer opens")) from e
