@@ -40,12 +40,12 @@ class ByteTokenizer:
     """`contracts.Tokenizer` over bytes."""
 
     vocab_size = SIZE
-    prefix_ids = (END_ID,)
+    prefix_ids: tuple[int, ...] = (END_ID,)
     end_id = END_ID
-    stop_ids = (END_ID,)
+    stop_ids: tuple[int, ...] = (END_ID,)
     fingerprint = "nanovllm-bytes 1"
     has_chat_template = False
-    special_texts = (END, PAD)
+    special_texts: tuple[str, ...] = (END, PAD)
 
     def encode(self, texts: Sequence[str], *, markup: bool = False) -> list[list[int]]:
         """Ids of each text. Raises DataError for half surrogate pairs, which are no text."""

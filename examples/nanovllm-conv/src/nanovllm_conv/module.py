@@ -28,10 +28,7 @@ class ConvModel(nn.Module):
         self.config, self.ops = config, ops
         self.roles: Mapping[str, str] = {}
         self.model = _Body(config, ops)
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.model.layers
+        self.blocks: Sequence[nn.Module] = tuple(self.model.layers)  # a tuple: torch registers them once
 
     def forward(
         self, tokens: Tensor, batch: Batch, kv: Sequence[Past] | None = None, targets: Tensor | None = None

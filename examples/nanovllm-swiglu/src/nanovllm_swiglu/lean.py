@@ -20,7 +20,8 @@ MANY = 8  # a place and its value take 12 bytes: beyond one place in eight, keep
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer, 2020)."""
-    return _SwiGLU.apply(gate, up)
+    out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return out
 
 
 class _SwiGLU(torch.autograd.Function):
