@@ -66,7 +66,7 @@ def attention(
 def _decode(q_BNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, batch: Batch, window: int | None) -> Tensor:
     lengths = [int(p) + 1 for p in batch.positions]
     rows = zip(torch.split(q_BNH, 1), k_BSKH, v_BSKH, lengths, strict=True)
-    return torch.cat([_document(q, k[:n], v[:n], window) for q, k, v, n in rows])
+    return torch.cat([_document(q, k[:n].to(q.dtype), v[:n].to(q.dtype), window) for q, k, v, n in rows])
 
 
 def _document(q_LNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, window: int | None) -> Tensor:
@@ -117,7 +117,7 @@ def _rounded(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     ) -> Tensor:
         cached = None if kv is None else kv.update(k, v, batch)  # a cache holds them as the model made them
         if cached is not None:
-            return _decode(q.double(), cached[0].double(), cached[1].double(), batch, window).to(result)
+            return _decode(q.double(), *cached, batch, window).to(result)
         return attention(q.double(), k.double(), v.double(), batch, None, window).to(result)
 
     return attend if name == "attention" else call
