@@ -27,12 +27,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()  # as a linear layer's outputs are; so places can be counted
         out = F.silu(gate).mul_(up)
         lost = (out.abs() < torch.finfo(out.dtype).tiny).view(-1).nonzero().squeeze(1)
         if len(lost) * MANY > out.numel():
             ctx.save_for_backward(gate, up)
         else:
-            ctx.save_for_backward(gate, out, lost, up.reshape(-1)[lost])
+            ctx.save_for_backward(gate, out, lost, up.view(-1)[lost])
         return out
 
     @staticmethod
