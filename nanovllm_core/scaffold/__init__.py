@@ -13,6 +13,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
+from types import MappingProxyType
 
 from attrs import frozen
 
@@ -22,15 +23,18 @@ from nanovllm_core.recipe import AUTO
 from nanovllm_core.registry import Registry
 
 NAME = re.compile(r"[A-Za-z]([A-Za-z0-9_-]{0,48}[A-Za-z0-9])?")
-WORDS = {  # kind -> what one of it is called, in names of classes and in sentences
-    "readers": "reader",
-    "extractors": "extractor",
-    "tokenizers": "tokenizer",
-    "models": "model",
-    "kernels": "kernel",
-    "parallel": "strategy",
-    "callbacks": "callback",
-}
+WORDS = MappingProxyType(
+    {
+        "readers": "reader",
+        "extractors": "extractor",
+        "tokenizers": "tokenizer",
+        "models": "model",
+        "kernels": "kernel",
+        "parallel": "strategy",
+        "callbacks": "callback",
+    }
+)
+"""Kind -> what one of it is called, in names of classes and in sentences."""
 
 
 @frozen
