@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     plugins.set_defaults(command=_plugins)
 
     new = commands.add_parser("new", help="write a plugin of your own: a distribution to edit, with its tests")
-    new.add_argument("kind", metavar="KIND", help="readers, extractors, tokenizers, models, kernels, parallel or callbacks")
+    new.add_argument(
+        "kind", metavar="KIND", help="readers, extractors, tokenizers, models, kernels, parallel or callbacks"
+    )
     new.add_argument("name", metavar="NAME", help="what a recipe will write: letters, digits, - and _")
     new.add_argument(
         "folder", metavar="FOLDER", nargs="?", type=Path, help="a new or empty folder (default: nanovllm-NAME)"
