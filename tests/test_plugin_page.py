@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 
 from nanovllm_core import contracts, errors, hookspecs, testing
 from nanovllm_core.cli import main
+from nanovllm_core.hooks import verify
+from nanovllm_core.options import describe
 from nanovllm_core.scaffold import new
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -54,6 +57,35 @@ def test_every_name_is_there():
     assert set(re.findall(r"\]\(#([^)]*)\)", PAGE)) == anchors
     for target in re.findall(r"\]\((\.\.[^)]*)\)", PAGE):
         assert (DOCS / target).exists(), target
+
+
+def mistakes():
+    """A class with each mistake that the page explains."""
+
+    def answer(self, source):
+        return None
+
+    def records(self, source):
+        yield
+
+    marked = {"probe": hookspecs.hookimpl(answer), "read": hookspecs.hookimpl(lambda self, source: iter(()))}
+    frozen = attrs.frozen(kw_only=True, eq=False)
+    yield frozen(type("Typo", (), {**marked, "prob": marked["probe"]}))
+    yield frozen(type("Half", (), {"probe": marked["probe"]}))
+    yield frozen(type("Yields", (), {**marked, "read": hookspecs.hookimpl(records)}))
+    yield attrs.frozen(kw_only=True)(type("Equal", (), marked))
+    yield frozen(type("Late", (), {**marked, "__annotations__": {"size": "NotImported"}, "size": 1}))
+
+
+def test_the_messages_that_it_explains_are_those_that_come():
+    table = PAGE.partition("| message | what it means |")[2].partition("\n\n")[0]
+    explained = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)[1:]
+    for message, cls in zip(explained, mistakes(), strict=True):
+        try:
+            told = verify("readers", cls) or describe(cls)
+        except errors.BrokenComponent as e:
+            told = str(e)
+        assert message in str(told)
 
 
 def test_the_example_of_the_page_works_as_it_stands_there(tmp_path, monkeypatch, capsys):
