@@ -55,6 +55,33 @@ def test_every_kind_is_listed_and_its_options_are_shown(written):
     assert "comment: lines that begin with this are left out" in shown
 
 
+RECIPE = """\
+data: {{path: docs, readers: [{readers}], extractors: [{extractors}, fields], max_seq_length: 64}}
+tokenizer: {tokenizers}
+model: {{use: {models}, hidden: 32, layers: 2}}
+kernels: {{swiglu: {kernels}}}
+parallel: {parallel}
+train: {{max_steps: 3, gradient_accumulation_steps: 1, logging_steps: 1}}
+callbacks: [{callbacks}]
+output_dir: out
+"""
+
+
+def test_one_recipe_uses_all_seven_as_they_were_written(written):
+    folder, installed = written
+    (folder / "docs").mkdir()
+    (folder / "docs" / f"a.{NAMES['readers'].lower()}").write_text(
+        "# no document\n" + "the river runs past old mills\n" * 9
+    )
+    (folder / "recipe.yaml").write_text(RECIPE.format(**NAMES))
+    cli = [sys.executable, "-m", "nanovllm_core.cli"]
+    call(*cli, "run", "recipe.yaml", folder=folder, path=installed)
+    table = (folder / "out" / f"{NAMES['callbacks']}.tsv").read_text()
+    assert [line.split("\t")[0] for line in table.splitlines()] == ["1", "2", "3"]
+    said = call(*cli, "generate", "out", "--prompt", "the river", "--max-tokens", "5", folder=folder, path=installed)
+    assert said.startswith("the river")
+
+
 def test_the_readme_says_how_a_recipe_names_it(written):
     folder, _ = written
     readme = (folder / "readers" / "README.md").read_text()
