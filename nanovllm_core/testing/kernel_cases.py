@@ -88,6 +88,8 @@ class KernelTests(Contract):
             for i, (output, b) in enumerate(zip(found.outputs, right.outputs, strict=True)):
                 self.alike(request, output, b, f"{told}: output {i}", rule, by)
             for i, gradient, g in zip(wanted, found.gradients, right.gradients, strict=True):
+                if not call.args[i].numel():
+                    continue  # nothing to differentiate by
                 self.check(gradient is not None, f"{told}: argument {i} has no gradient", rule)
                 self.alike(request, gradient, g, f"{told}: the gradient of argument {i}", rule, by)
 

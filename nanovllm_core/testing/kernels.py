@@ -39,7 +39,7 @@ class KernelContract(AttentionTests, LossTests):
         for strange in (
             evolve(request, operation="unheard_of"),
             evolve(request, device="abacus"),
-            evolve(request, dtype="int3"),
+            evolve(request, dtype="float7"),
         ):
             answer = self.verdict(str(strange), probe, request=strange)
             self.check(isinstance(answer, Refuse), f"{strange}: {answer}", "what it does not know it refuses")

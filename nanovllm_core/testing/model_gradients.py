@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import SkipTest
+
 from nanovllm_core.testing.model_runs import LENGTHS, ModelTests
 
 CHANGE = 0.03  # of the loss, that a finite difference aims at: its rounding (fp32) is some 1e-5
+FINE = 1e-5  # a step in fp64
 STEPS = 30
 
 
@@ -55,6 +58,42 @@ class GradientTests(ModelTests):
             rounding = 1e-6 * abs(losses[0]) / step
             told = f"{name}: the gradient's length is {norm:.4g}, the loss's slope along it {slope:.4g}"
             self.check(abs(slope - norm) <= self.gradient_tolerance * norm + rounding, told, "they are one")
+
+    def test_gradients_are_exact_in_double_precision(self) -> None:
+        """Along a random direction, where a part that is missing from a gradient cannot hide behind the rest."""
+        import torch
+
+        from nanovllm_core.testing.modelling import backward, draw, pack, parameters
+        from nanovllm_core.testing.reference import reference_ops
+
+        tokens, targets, batch = draw(15, self.vocab_size), draw(15, self.vocab_size, seed=1), pack(*LENGTHS)
+        try:
+            module = self.filled(reference_ops("float64"), dtype=torch.float64)
+            loss = module(tokens, batch, targets=targets)
+        except (RuntimeError, TypeError, ValueError) as e:
+            raise SkipTest(f"it does not compute in fp64, which the contract does not ask for: {e}") from e
+        backward(loss)
+        for name, parameter in parameters(module).items():
+            if parameter.grad is None:
+                continue  # another test fails with it
+            toward = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+            toward /= toward.norm()
+            slopes = []
+            with torch.no_grad():
+                start = parameter.clone()
+                for step in (FINE, 2 * FINE):
+                    ends = []
+                    for sign in (1, -1):
+                        parameter.copy_(start + sign * step * toward)
+                        ends.append(float(module(tokens, batch, targets=targets)))
+                    slopes.append((ends[0] - ends[1]) / (2 * step))
+                parameter.copy_(start)
+            said = float((parameter.grad * toward).sum())
+            unsure = abs(slopes[0] - slopes[1]) + 1e-6 * float(
+                parameter.grad.norm()
+            )  # what it computes in less than fp64
+            told = f"{name}: along a random direction the gradient says {said:.6g}, the loss's slope is {slopes[0]:.6g}"
+            self.check(abs(said - slopes[0]) <= 1e-3 * abs(said) + 10 * unsure, told, "they are one")
 
     def test_computes_in_bfloat16(self) -> None:
         import torch

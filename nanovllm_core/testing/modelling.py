@@ -14,8 +14,16 @@ from nanovllm_core.hookspecs import Models
 from nanovllm_core.testing.reference import reference_ops
 
 
-def build(models: Models, shape: Shape, ops: Ops | None = None, *, spread: float = 0.05, seed: int = 3) -> Module:
-    """The module on the CPU in fp32.
+def build(
+    models: Models,
+    shape: Shape,
+    ops: Ops | None = None,
+    *,
+    spread: float = 0.05,
+    seed: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> Module:
+    """The module on the CPU.
 
     `spread`: noise added to every value, so that what starts at zero or one (biases, norms, the last matrix of a block)
     takes part in the result like everything else.
@@ -25,7 +33,7 @@ def build(models: Models, shape: Shape, ops: Ops | None = None, *, spread: float
         module = models.build(shape=shape, ops=ops or reference_ops())
 
     def weight(name: str) -> Tensor:
-        value = models.weight(shape=shape, name=name, seed=seed).float()
+        value = models.weight(shape=shape, name=name, seed=seed).to(dtype)
         return value + spread * torch.randn(value.shape, generator=generator)
 
     fill(module, weight, "cpu")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanovllm_core.contracts import Batch, Ops, Shape
+from nanovllm_core.contracts import KV, Batch, Ops, Shape
 
 SIZES = {"vocab_size": 64, "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 64}
 USED = ("embedding", "linear", "rms_norm", "swiglu", "attention", "linear_cross_entropy")
@@ -39,12 +39,13 @@ class Tiny(nn.Module):
     def forward(self, tokens: Tensor, batch: Batch, kv: Any = None, targets: Tensor | None = None) -> Tensor:
         model: Any = self.model
         x_TC = self.ops.embedding(tokens, model.embed_tokens.weight)
-        for block in self.blocks:
-            x_TC = block(x_TC, batch)
+        for i, block in enumerate(self.blocks):
+            x_TC = block(x_TC, batch, None if kv is None else kv[i])
         x_TC = self.ops.rms_norm(x_TC, model.norm.weight, 1e-6)
         if targets is not None:
             return self.ops.linear_cross_entropy(x_TC, model.embed_tokens.weight, targets)
-        return self.ops.linear(x_TC, model.embed_tokens.weight, None)
+        selected = x_TC if batch.select is None else x_TC[batch.select]
+        return self.ops.linear(selected, model.embed_tokens.weight, None)
 
 
 class _Block(nn.Module):
@@ -67,12 +68,12 @@ class _Block(nn.Module):
             }
         )
 
-    def forward(self, x_TC: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x_TC: Tensor, batch: Batch, kv: KV | None) -> Tensor:
         ops, attn, mlp = self.ops, self.self_attn, self.mlp
         heads = (x_TC.shape[0], -1, SIZES["head_dim"])  # -1: a tensor-parallel rank holds part of the heads
         h_TC = ops.rms_norm(x_TC, self.input_layernorm.weight, 1e-6)
         q, k, v = (ops.linear(h_TC, attn[f"{n}_proj"].weight, None).view(heads) for n in "qkv")
-        x_TC = x_TC + ops.linear(ops.attention(q, k, v, batch).flatten(1), attn["o_proj"].weight, None)
+        x_TC = x_TC + ops.linear(ops.attention(q, k, v, batch, kv).flatten(1), attn["o_proj"].weight, None)
         h_TC = ops.rms_norm(x_TC, self.post_attention_layernorm.weight, 1e-6)
         gate, up = (ops.linear(h_TC, mlp[n].weight, None) for n in ("gate_proj", "up_proj"))
         return x_TC + ops.linear(ops.swiglu(gate, up), mlp["down_proj"].weight, None)
