@@ -1,4 +1,4 @@
-"""The command line: `nanovllm init | run | explain | plugins | schema | generate`.
+"""The command line: `nanovllm init | run | explain | plugins | schema | new | generate`.
 
 Thin: parse, call the core, print. A user's mistake is one message on standard error and exit code 2.
 """
@@ -26,6 +26,7 @@ start here:
   nanovllm explain demo/recipe.yaml       what a recipe would do: every choice and its reason
   nanovllm generate demo/model --prompt "The"
   nanovllm plugins                        readers, tokenizers, models, ... that are installed
+  nanovllm new readers NAME               a plugin of your own to edit, with its tests
 """
 
 RUN = """\
@@ -150,6 +151,16 @@ def _parser() -> argparse.ArgumentParser:
         "schema", help="print the JSON Schema of recipes, for editors", formatter_class=raw, description=SCHEMA
     )
     schema.set_defaults(command=_schema)
+
+    new = commands.add_parser("new", help="write a plugin of your own: a distribution to edit, with its tests")
+    new.add_argument(
+        "kind", metavar="KIND", help="readers, extractors, tokenizers, models, kernels, parallel or callbacks"
+    )
+    new.add_argument("name", metavar="NAME", help="what a recipe will write: letters, digits, - and _")
+    new.add_argument(
+        "folder", metavar="FOLDER", nargs="?", type=Path, help="a new or empty folder (default: nanovllm-NAME)"
+    )
+    new.set_defaults(command=_new)
 
     generate = commands.add_parser("generate", help="continue prompts with a trained model")
     generate.add_argument("folder", help="a run's output_dir, any model folder of a supported family, or a hub name")
@@ -289,6 +300,15 @@ def _seconds(text: str) -> float:
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds above 0")
     return value
+
+
+def _new(args: argparse.Namespace) -> int:
+    from nanovllm_core.scaffold import new
+
+    written = new(args.kind, args.name, args.folder)
+    print(f"{args.kind}:{args.name} is in {written.component}: edit it there. Next:")
+    print("".join(f"  {step}\n" for step in written.next_steps), end="")
+    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:

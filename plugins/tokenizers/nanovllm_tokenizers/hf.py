@@ -14,6 +14,7 @@ from nanovllm_core import hub
 from nanovllm_core.contracts import Decision, ModelRef, Tokenizer
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hookspecs import hookimpl
+from nanovllm_core.weights import CONFIG, read_config
 from nanovllm_tokenizers.fast import FastTokenizer
 
 PROBES = ("a", "Hello world")
@@ -52,13 +53,23 @@ def load(path: str) -> HfTokenizer:
 def _load(folder: Path, gguf: Path | None, state: object) -> HfTokenizer:
     from transformers import AutoTokenizer
 
-    given, more = (gguf, {"gguf_file": gguf.name}) if gguf else (folder, {})
+    given, more = (gguf, {"gguf_file": gguf.name}) if gguf else (folder, _strange_model(folder))
     try:
         opened = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **more)
     except Exception as e:  # the Rust parser raises bare Exception
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise ModelError(f"{given}: no tokenizer that transformers can open there ({lines[0]})") from e
     return HfTokenizer(opened, given)
+
+
+def _strange_model(folder: Path) -> dict[str, Any]:
+    """The configuration of a model that transformers does not know, at which it would warn; a tokenizer needs no model."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    config = read_config(folder) if (folder / CONFIG).is_file() else {}
+    if "model_type" not in config or config["model_type"] in CONFIG_MAPPING:
+        return {}
+    return {"config": PretrainedConfig.from_dict(config)}
 
 
 class HfTokenizer(FastTokenizer):

@@ -1,0 +1,1 @@
+"""A tokenizer without a vocabulary for nano-vllm: one id a byte."""

@@ -1,0 +1,1 @@
+"""A gated convolutional language model for nano-vllm: no attention, no positions."""

@@ -1,0 +1,1 @@
+"""Markdown and CSV documents for nano-vllm."""

@@ -1,0 +1,1 @@
+"""A SwiGLU kernel for nano-vllm that keeps one activation where the reference keeps two."""

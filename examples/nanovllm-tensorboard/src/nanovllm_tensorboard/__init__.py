@@ -1,0 +1,1 @@
+"""A nano-vllm run in TensorBoard."""
