@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nanovllm_core.errors import Interrupted, NanoError
-
-if TYPE_CHECKING:
-    from nanovllm_core.plan import Plan
-    from nanovllm_core.registry import Row
+from nanovllm_core import commands as do
+from nanovllm_core.errors import NanoError
 
 START = """\
 start here:
@@ -97,11 +92,11 @@ def _parser() -> argparse.ArgumentParser:
 
     init = commands.add_parser("init", help="make a folder of real documents and a recipe to start from")
     init.add_argument("folder", type=Path, help="a new or empty folder")
-    init.set_defaults(command=_init)
+    init.set_defaults(command=do.init)
 
     run = commands.add_parser("run", help="do what a recipe says", formatter_class=raw, description=RUN)
     explain = commands.add_parser("explain", help="show what a recipe would do, and why", formatter_class=raw)
-    for sub, command in ((run, _run), (explain, _explain)):
+    for sub, command in ((run, do.run), (explain, do.explain)):
         sub.keys = True
         sub.add_argument("recipe", type=Path, help="a YAML file")
         sub.add_argument(
@@ -145,12 +140,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="longest import of one component (default: 10)",
     )
-    plugins.set_defaults(command=_plugins)
+    plugins.set_defaults(command=do.plugins)
 
     schema = commands.add_parser(
         "schema", help="print the JSON Schema of recipes, for editors", formatter_class=raw, description=SCHEMA
     )
-    schema.set_defaults(command=_schema)
+    schema.set_defaults(command=do.schema)
 
     new = commands.add_parser("new", help="write a plugin of your own: a distribution to edit, with its tests")
     new.add_argument(
@@ -160,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument(
         "folder", metavar="FOLDER", nargs="?", type=Path, help="a new or empty folder (default: nanovllm-NAME)"
     )
-    new.set_defaults(command=_new)
+    new.set_defaults(command=do.new)
 
     generate = commands.add_parser("generate", help="continue prompts with a trained model")
     generate.add_argument("folder", help="a run's output_dir, any model folder of a supported family, or a hub name")
@@ -184,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--json", action="store_true", help="one object a line: prompt, text, token_ids, finish_reason"
     )
-    generate.set_defaults(command=_generate)
+    generate.set_defaults(command=do.generate)
     return parser
 
 
@@ -202,96 +197,6 @@ class _Parser(argparse.ArgumentParser):
         return text
 
 
-def _init(args: argparse.Namespace) -> int:
-    from nanovllm_core.demo import init
-
-    recipe, documents, characters = init(args.folder)
-    print(f"{documents} documents ({characters:,} characters) in {args.folder / 'documents'}, and the recipe {recipe}")
-    print(f"next: nanovllm run {recipe}")
-    return 0
-
-
-def _make_plan(args: argparse.Namespace) -> Plan:
-    from nanovllm_core.recipe import Recipe
-
-    recipe = Recipe.load(args.recipe, sets=args.sets)
-    from nanovllm_core.plan import make_plan
-    from nanovllm_core.registry import Registry
-
-    plan = make_plan(recipe, Registry.from_environment(without=args.without))
-    if args.locked:
-        from nanovllm_core.lock import refuse_drift
-
-        refuse_drift(plan, args.locked)
-    return plan
-
-
-def _run(args: argparse.Namespace) -> int:
-    plan = _make_plan(args)
-    from nanovllm_core.interrupt import Interrupt
-    from nanovllm_core.runner import run
-    from nanovllm_core.training.stop import StopRequest
-
-    stop = StopRequest()
-    with Interrupt(stop, "the same command goes on from the newest checkpoint, if there is one") as interrupt:
-        try:
-            run(plan, stop=stop)
-        except Interrupted as e:
-            print(f"nanovllm: {e}", file=sys.stderr)
-            return interrupt.code
-        except KeyboardInterrupt:
-            saved = sorted(int(p.name[11:]) for p in plan.output_dir.glob("checkpoint-*") if p.name[11:].isdigit())
-            then = f"goes on from checkpoint-{saved[-1]}" if saved else "begins anew: no checkpoint was saved yet"
-            print(f"nanovllm: interrupted; the same command {then}", file=sys.stderr)
-            return interrupt.code
-    return 0
-
-
-def _explain(args: argparse.Namespace) -> int:
-    plan = _make_plan(args)
-    from nanovllm_core.explain import explain
-
-    print(explain(plan), end="")
-    return 0
-
-
-def _plugins(args: argparse.Namespace) -> int:
-    from nanovllm_core.registry import Registry, rows_table
-
-    registry = Registry.from_environment(timeout=args.timeout)
-    rows: Sequence[Row]
-    if args.check:
-        from nanovllm_core.check import check
-
-        entries = registry.entries if args.component is None else [registry.labelled(args.component)]
-        rows = check(registry, entries)
-    elif args.component is not None:
-        from nanovllm_core.manual import describe_component
-
-        print(describe_component(registry, args.component), end="")
-        return 0
-    else:
-        rows = registry.rows()
-    if args.json:
-        from attrs import asdict
-
-        print(json.dumps([asdict(row) for row in rows], indent=1))
-    else:
-        print(rows_table(rows), end="")
-    return 1 if args.check and any(row.state == "broken" for row in rows) else 0
-
-
-def _schema(args: argparse.Namespace) -> int:
-    from nanovllm_core.registry import Registry
-    from nanovllm_core.schema import schema
-
-    made, broken = schema(Registry.from_environment())
-    print(json.dumps(made, indent=1, ensure_ascii=False))
-    if broken:
-        print(f"nanovllm: {len(broken)} broken components are left out; `nanovllm plugins` says why", file=sys.stderr)
-    return 0
-
-
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -300,29 +205,6 @@ def _seconds(text: str) -> float:
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds above 0")
     return value
-
-
-def _new(args: argparse.Namespace) -> int:
-    from nanovllm_core.scaffold import new
-
-    written = new(args.kind, args.name, args.folder)
-    print(f"{args.kind}:{args.name} is in {written.component}: edit it there. Next:")
-    print("".join(f"  {step}\n" for step in written.next_steps), end="")
-    return 0
-
-
-def _generate(args: argparse.Namespace) -> int:
-    from nanovllm_core.inference.sampling import SamplingParams
-    from nanovllm_core.llm import LLM
-    from nanovllm_core.yamltext import parse
-
-    params = SamplingParams(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed, stop=args.stop
-    )  # fmt: skip
-    llm = LLM(args.folder, model=parse(args.model, "--model").data, dtype=args.dtype)
-    for prompt, output in zip(args.prompt, llm.generate(args.prompt, params), strict=True):
-        print(json.dumps({"prompt": prompt, **output}) if args.json else f"{prompt}{output['text']}\n")
-    return 0
 
 
 if __name__ == "__main__":
