@@ -8,6 +8,7 @@ Shape legend, used in every module that holds tensors:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from attrs import field, frozen
@@ -21,6 +22,10 @@ OPERATIONS = (
     "embedding", "linear", "rms_norm", "layer_norm", "rotary", "swiglu", "gelu", "attention", "linear_cross_entropy",
 )  # fmt: skip
 LIMITS = ("packing", "cache", "tensor")  # what a model may be unable to do
+
+
+def _read_only(given: Mapping[str, str]) -> Mapping[str, str]:
+    return MappingProxyType(dict(given))
 
 
 @frozen(kw_only=True)
@@ -44,7 +49,9 @@ class Shape:
     own_cache: bool = (
         False  # the module keeps what generation needs by itself (`CachingModule`), not as keys and values
     )
-    limits: Mapping[str, str] = field(factory=dict, hash=False)  # of LIMITS, what it cannot do -> why
+    limits: Mapping[str, str] = field(
+        factory=dict, hash=False, converter=_read_only
+    )  # of LIMITS, what it cannot do -> why
     """packing: documents of a batch run apart, as padded rows. cache: each new token runs its whole sequence again.
     tensor: tensor parallelism is refused."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import chdir
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
@@ -24,10 +26,10 @@ train: {max_steps: 4}
 callbacks: []
 output_dir: OUTPUT
 """
-METRICS = {
+METRICS = MappingProxyType({
     "loss": 2.5, "learning_rate": 1e-4, "gradient_norm": 0.7, "tokens_per_second": 900.0, "epoch": 0.5, "total_steps": 4,
-}  # fmt: skip
-HELD_OUT = {"eval_loss": 2.25, "eval_perplexity": 9.49, "eval_bits_per_byte": 1.6}
+})  # fmt: skip
+HELD_OUT = MappingProxyType({"eval_loss": 2.25, "eval_perplexity": 9.49, "eval_bits_per_byte": 1.6})
 
 
 class CallbackContract(Contract):
@@ -105,8 +107,8 @@ class CallbackContract(Contract):
         first: int = 1,
         steps: int = 4,
         finish: bool = True,
-        figures: dict[str, float] = METRICS,
-        held_out: dict[str, float] | None = HELD_OUT,
+        figures: Mapping[str, float] = METRICS,
+        held_out: Mapping[str, float] | None = HELD_OUT,
     ) -> None:
         """Call the hooks as a run of 4 steps does, as far as it gets. `steps` -1: it breaks off in its first phase."""
         events = self.bound(Callbacks, component)

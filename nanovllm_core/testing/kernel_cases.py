@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import SkipTest
 
@@ -40,7 +41,7 @@ class KernelTests(Contract):
     operations: Sequence[str] = ()
     devices: Sequence[str] = ()
     shapes: Sequence[Shape] = SHAPES
-    tolerances: ClassVar[Mapping[str, float]] = {"float32": 2e-5, "bfloat16": 2e-2}
+    tolerances: ClassVar[Mapping[str, float]] = MappingProxyType({"float32": 2e-5, "bfloat16": 2e-2})
 
     def here(self) -> list[str]:
         """The devices of this machine that are tried."""

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nanovllm_core.contracts import Accept, Record, Refuse, Source
@@ -15,13 +16,15 @@ from nanovllm_core.hookspecs import Readers
 from nanovllm_core.testing.contract import Contract
 from nanovllm_core.testing.reading import bytes_read, padded
 
-FOREIGN: Mapping[str, bytes] = {
-    "image.png": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
-    "archive.zip": b"PK\x03\x04\x14\x00\x00\x00",
-    "program.exe": b"MZ\x90\x00\x03\x00\x00\x00",
-    "noise.unheard-of": bytes(random.Random(0).randbytes(400)),
-    "no-suffix": b"",
-}
+FOREIGN: Mapping[str, bytes] = MappingProxyType(
+    {
+        "image.png": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+        "archive.zip": b"PK\x03\x04\x14\x00\x00\x00",
+        "program.exe": b"MZ\x90\x00\x03\x00\x00\x00",
+        "noise.unheard-of": bytes(random.Random(0).randbytes(400)),
+        "no-suffix": b"",
+    }
+)
 FIRST_BYTES = 1 << 20  # what a probe may look at, and what a call of `read` may before a record is asked for
 DAMAGES = 40  # of each file
 
@@ -37,11 +40,11 @@ class ReaderContract(Contract):
     """
 
     kind = "readers"
-    files: Mapping[str, bytes] = {}
-    records: Mapping[str, Sequence[Any]] = {}
-    refused: Mapping[str, bytes] = {}
-    broken: Mapping[str, bytes] = {}
-    strings: Mapping[str, Sequence[Any]] = {}
+    files: Mapping[str, bytes] = MappingProxyType({})
+    records: Mapping[str, Sequence[Any]] = MappingProxyType({})
+    refused: Mapping[str, bytes] = MappingProxyType({})
+    broken: Mapping[str, bytes] = MappingProxyType({})
+    strings: Mapping[str, Sequence[Any]] = MappingProxyType({})
 
     # ------------------------------------------------------------ probe
 

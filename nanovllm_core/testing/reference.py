@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -86,17 +87,19 @@ def linear_cross_entropy(x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> 
     return -log_probs.gather(1, targets_T[kept][:, None]).sum()
 
 
-DEFINITIONS: Mapping[str, Callable[..., Any]] = {
-    "embedding": embedding,
-    "linear": linear,
-    "rms_norm": rms_norm,
-    "layer_norm": layer_norm,
-    "rotary": rotary,
-    "swiglu": swiglu,
-    "gelu": gelu,
-    "attention": attention,
-    "linear_cross_entropy": linear_cross_entropy,
-}
+DEFINITIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "embedding": embedding,
+        "linear": linear,
+        "rms_norm": rms_norm,
+        "layer_norm": layer_norm,
+        "rotary": rotary,
+        "swiglu": swiglu,
+        "gelu": gelu,
+        "attention": attention,
+        "linear_cross_entropy": linear_cross_entropy,
+    }
+)
 
 
 def reference_ops(dtype: str = "float32") -> Ops:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from nanovllm_core.contracts import KV, Batch, Ops, Shape
 
-SIZES = {"vocab_size": 64, "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 64}
+SIZES = MappingProxyType(
+    {"vocab_size": 64, "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 64}
+)
 USED = ("embedding", "linear", "rms_norm", "swiglu", "attention", "linear_cross_entropy")
 
 

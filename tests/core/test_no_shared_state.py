@@ -7,6 +7,7 @@ import pkgutil
 import re
 import types
 import typing
+from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 
@@ -21,10 +22,13 @@ from nanovllm_core.contracts import Accept, Record, Refuse
 from nanovllm_core.errors import BrokenComponent, UnknownComponent
 
 MODULES = ["nanovllm_core", *(m.name for m in pkgutil.walk_packages(nanovllm_core.__path__, "nanovllm_core."))]
-CONSTANT = (bool, int, float, complex, str, bytes, type(None), re.Pattern, Enum, Path, range)
+CONSTANT = (bool, int, float, complex, str, bytes, type(None), re.Pattern, Enum, Path, range, timedelta)
 DECLARED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type, typing.TypeVar, typing.NewType)
 MARKERS = (pluggy.HookspecMarker, pluggy.HookimplMarker)  # hold a project's name, in slots
-ALLOWED = {"nanovllm_core.data.store.DOCUMENT": "a numpy dtype, of which nothing can be set"}  # name: why it may stand
+ALLOWED = {
+    "nanovllm_core.data.store.DOCUMENT": "a numpy dtype, of which nothing can be set",
+    "nanovllm_core.testing.extractors.ANYTHING": "records of every JSON type, handed to extractors as copies",
+}  # name: why it may stand
 
 
 def changeable(value):

@@ -59,6 +59,8 @@ def _decode(q_BNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, batch: Batch, window:
 
 
 def _documents(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
+    if not lengths:
+        return q_TNH.clone()
     if len(set(lengths)) == 1:
         return _causal(q_TNH, k_TKH, v_TKH, len(lengths), window)
     plan = _plan(lengths, q_TNH.device)

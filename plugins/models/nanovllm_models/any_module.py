@@ -49,7 +49,7 @@ class Foreign(nn.Module):
         if not self._causal:
             self._refuse_two_way(tokens.device)
         starts = batch.cu_seqlens.tolist()
-        loss = torch.zeros((), device=tokens.device)
+        loss = tokens.new_zeros((), dtype=torch.float32)
         parts: list[tuple[int, Tensor]] = []  # first token of a document, its logits
         for group in _groups(batch.lengths):
             rows = nn.utils.rnn.pad_sequence([tokens[starts[d] : starts[d + 1]] for d in group], batch_first=True)
@@ -69,8 +69,8 @@ class Foreign(nn.Module):
     def _logits(self, rows: Tensor, real_BL: Tensor) -> Tensor:
         with self._compute(rows.device.type):
             out: Any = self._inner[0](input_ids=rows, attention_mask=real_BL.long(), use_cache=False)
-        logits: Tensor = out.logits.float()
-        return logits
+        logits: Tensor = out.logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _compute(self, device: str) -> AbstractContextManager[Any]:
         """Master weights are fp32; the model's own layers do not cast them."""
