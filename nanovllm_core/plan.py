@@ -155,7 +155,7 @@ def make_plan(recipe: Recipe, registry: Registry, machine: Machine) -> Plan:
     if recipe.data.path is None:
         raise RecipeError(f"{recipe.text.place(('data',))}: data.path is missing: the file or folder of your documents")
     output_dir = _within(recipe.base, recipe.output_dir)
-    data = _plan_data(slots, output_dir)
+    data = plan_data(slots, output_dir)
     model = plan_model(recipe, registry, machine, data_bytes=data.documents.bytes)
     for choice in (model.model, model.tokenizer):
         _refuse_own_output(choice, output_dir, recipe)
@@ -201,7 +201,7 @@ def _overlap(recipe: Recipe) -> Decision:
     return Decision(128, "default")
 
 
-def _plan_data(slots: Slots, output_dir: Path) -> DataPlan:
+def plan_data(slots: Slots, output_dir: Path) -> DataPlan:
     recipe = slots.recipe
     assert recipe.data.path is not None
     path, place = recipe.base / Path(recipe.data.path).expanduser(), recipe.text.place(("data", "path"))
@@ -216,7 +216,7 @@ def _plan_data(slots: Slots, output_dir: Path) -> DataPlan:
     asked = usable("data.extractors", extractors)  # in this order; the first answer wins
     relay = bind(Extractors, [(c.entry.full_name, c.component) for c in asked])
     pick = _Pick(readers, str(place))
-    documents = Documents(sources, pick, lambda record: relay.extract(record=record))
+    documents = Documents(sources, pick, lambda record: relay.extract(record=record), recipe.data.allowed_errors)
     return DataPlan(
         documents=documents,
         readers=readers,

@@ -92,7 +92,7 @@ def test_every_token_is_predicted_once(
     rng = np.random.default_rng(seed)
     texts = ["".join(rng.choice(list("abcdef ghij"), n)) + "." for n in sizes]
     store = built(tmp_path_factory.mktemp("s"), memory, letters, texts)
-    out = held_out(len(texts), 0.3, seed)
+    out = held_out(store.contents, 0.3, seed)
     length, overlap, minimum = cut
     separator = [70, 71, 72] if joined else None
     for numbers in (kept(len(texts), out), out):
