@@ -60,7 +60,7 @@ class LLM:
         if max_model_len is not None and not 1 <= max_model_len <= limit:
             raise GenerationError(f"LLM: max_model_len: got {max_model_len}, the model takes 1 to {limit}")
         self.max_model_len, self.batch_size = max_model_len or limit, batch_size
-        self.tokenizer = tokenizer_of(self.plan, lambda: (), None)
+        self.tokenizer = tokenizer_of(self.plan, lambda: ())
         self.module = assemble(self.plan, self.machine.device, seed=0, training=False).module
 
     def generate(
