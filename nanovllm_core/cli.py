@@ -1,4 +1,4 @@
-"""The command line: `nanovllm init | run | explain | plugins | generate`.
+"""The command line: `nanovllm init | run | explain | analyze | plugins | generate`.
 
 Thin: parse, call the core, print. A user's mistake is one message on standard error and exit code 2.
 """
@@ -23,6 +23,7 @@ start here:
   nanovllm init demo                      a folder of real documents and a commented recipe
   nanovllm run demo/recipe.yaml           build a vocabulary, train, evaluate, export, generate
   nanovllm explain demo/recipe.yaml       what a recipe would do: every choice and its reason
+  nanovllm analyze my_documents           what a folder holds, and what would be skipped
   nanovllm generate demo/model --prompt "The"
   nanovllm plugins                        readers, tokenizers, models, ... that are installed
 """
@@ -102,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
             help="do as if a component were not installed",
         )
         sub.set_defaults(command=command)
+
+    analyze = commands.add_parser("analyze", help="show what a folder of documents holds, and what is wrong with it")
+    analyze.add_argument("path", help="a file or folder of documents")
+    analyze.add_argument(
+        "--tokenizer", metavar="FOLDER_OR_NAME", help="count tokens too: a tokenizer's folder or hub name"
+    )
+    analyze.add_argument("--json", action="store_true", help="all figures as one object, for tools")
+    analyze.set_defaults(command=_analyze)
 
     plugins = commands.add_parser("plugins", help="list the installed components, or show one and its options")
     plugins.add_argument(
@@ -190,6 +199,14 @@ def _explain(args: argparse.Namespace) -> int:
     from nanovllm_core.explain import explain
 
     print(explain(plan), end="")
+    return 0
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    from nanovllm_core.analyze import analyze_document_collection, said, table
+
+    found = analyze_document_collection(args.path, args.tokenizer, progress=said(sys.stderr))
+    print(json.dumps(found, indent=1) if args.json else table(found), end="\n" if args.json else "")
     return 0
 
 

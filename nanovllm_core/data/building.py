@@ -70,8 +70,8 @@ def build(
             ledger.write(json.dumps(attrs.asdict(skipped), ensure_ascii=False) + "\n")
 
         pieces = encoder.recut(documents.walk(progress, tell))
-        for batch, encoded in _encoded(encoder, _batches(_numbered(pieces, names), writer.pieces)):
-            writer.write(batch, encoded)
+        for batch, ids in encoded(encoder, batches(_numbered(pieces, names), writer.pieces)):
+            writer.write(batch, ids)
     counts = documents.counts
     assert counts is not None, "a whole walk sets it"
     (folder / "contents.bin").write_bytes(np.array(documents.contents, "<u8").tobytes())
@@ -92,7 +92,8 @@ def _numbered(pieces: Iterable[Document], names: Any) -> Iterator[tuple[Document
     names.write("\n]" if number >= 0 else "[]")
 
 
-def _batches(pieces: Iterable[tuple[Document, int]], done: int) -> Iterator[Batch]:
+def batches(pieces: Iterable[tuple[Document, int]], done: int = 0) -> Iterator[Batch]:
+    """The pieces but for the first `done`, in batches of about BATCH characters."""
     batch: list[tuple[Document, int]] = []
     size = 0
     for number, (piece, source) in enumerate(pieces):
@@ -107,7 +108,7 @@ def _batches(pieces: Iterable[tuple[Document, int]], done: int) -> Iterator[Batc
         yield batch
 
 
-def _encoded(encoder: Encoder, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Encoded]]]:
+def encoded(encoder: Encoder, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Encoded]]]:
     """Each batch with its ids, in order, while the next ones are worked on."""
     waiting: deque[tuple[Batch, Future[list[Encoded]]]] = deque()
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="tokenising")
@@ -144,10 +145,10 @@ class _Writer:
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
-    def write(self, batch: Batch, encoded: Sequence[Encoded]) -> None:
+    def write(self, batch: Batch, found: Sequence[Encoded]) -> None:
         """Raises DataError for an id that the vocabulary does not have."""
         rows = []
-        for (piece, source), one in zip(batch, encoded, strict=True):
+        for (piece, source), one in zip(batch, found, strict=True):
             size = len(one.ids)
             if size and int(one.ids.max()) >= self._vocab_size:
                 raise DataError(
@@ -161,8 +162,8 @@ class _Writer:
             self._row = None if piece.closes else row
             if piece.closes:
                 rows.append(tuple(row))
-        self._files[0].write(np.concatenate([one.ids for one in encoded]).astype(self._dtype).tobytes())
-        self._files[1].write(np.concatenate([one.trained for one in encoded]).tobytes())
+        self._files[0].write(np.concatenate([one.ids for one in found]).astype(self._dtype).tobytes())
+        self._files[1].write(np.concatenate([one.trained for one in found]).tobytes())
         self._files[2].write(np.array(rows, DOCUMENT).tobytes())
         self.pieces += len(batch)
         self._since += sum(len(s.text) for piece, _ in batch for s in piece.segments)
