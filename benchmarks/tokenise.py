@@ -3,11 +3,12 @@
     python benchmarks/tokenise.py FOLDER [--tokenizer FOLDER] [--rounds 3] [--large MB] [--out benchmarks/results/NAME.json]
 
 FOLDER holds .txt files. The bare side has all texts in memory and calls `encode_batch` with 2,000 of them at a time (the
-library uses all cores; all at once takes it 7 GB for 50 MB of text, and longer); ours finds, reads, checks, hashes and cuts the files, tokenises, writes the store and makes it durable. Each measurement is
-a process of its own, both take turns, and the ratio is taken round by round. Without --tokenizer both use a byte-level BPE
-of 32,768 ids made from the folder. Then, each in a process of its own and beyond imports: a first and a second `prepare`
-(vocabulary, tokens, windows, packing) of a recipe with the `bpe` tokenizer, and the peak memory of one with that vocabulary
-ready-made over 50 MB and over --large MB of text, made of the folder's by repetition with another number in each line.
+library uses all cores; all at once takes it 7 GB for 50 MB of text, and longer); ours finds, reads, checks, hashes and
+cuts the files, tokenises, writes the store and makes it durable. Each measurement is a process of its own, both take
+turns, and the ratio is taken round by round. Without --tokenizer both use a byte-level BPE of 32,768 ids made from the
+folder. Then, each in a process of its own and beyond imports: a first and a second `prepare` (vocabulary, tokens,
+windows, packing) of a recipe with the `bpe` tokenizer, and the peak memory of one with that vocabulary ready-made over
+50 MB and over --large MB of text, made of the folder's by repetition with another number in each line.
 """
 
 from __future__ import annotations
