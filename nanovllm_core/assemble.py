@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def fill(module: Module, weight: Callable[[str], Tensor], device: str) -> None:
             owner._parameters[key] = new
 
 
-def tokenizer_of(plan: ModelPlan, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer, made from `texts()` where the component builds a vocabulary."""
+def tokenizer_of(plan: ModelPlan, texts: Callable[[], Iterable[str]], kept: Path | None = None) -> Tokenizer:
+    """The tokenizer, made from `texts()` where the component builds a vocabulary and finds none in `kept`."""
     component = bind(Tokenizers, [(plan.tokenizer.entry.full_name, plan.tokenizer.component)])
-    return component.make(texts=texts, vocab_size=plan.vocabulary.value)
+    return component.make(texts=texts, vocab_size=plan.vocabulary.value, kept=kept)

@@ -1,4 +1,4 @@
-"""The command line: `nanovllm init | run | explain | plugins | schema | new | generate`.
+"""The command line: `nanovllm init | run | explain | analyze | plugins | schema | new | generate`.
 
 Thin: parse, call the core, print. A user's mistake is one message on standard error and exit code 2.
 """
@@ -19,6 +19,7 @@ start here:
   nanovllm init demo                      a folder of real documents and a commented recipe
   nanovllm run demo/recipe.yaml           build a vocabulary, train, evaluate, export, generate
   nanovllm explain demo/recipe.yaml       what a recipe would do: every choice and its reason
+  nanovllm analyze my_documents           what a folder holds, and what would be skipped
   nanovllm generate demo/model --prompt "The"
   nanovllm plugins                        readers, tokenizers, models, ... that are installed
   nanovllm new readers NAME               a plugin of your own to edit, with its tests
@@ -121,6 +122,14 @@ def _parser() -> argparse.ArgumentParser:
             help="refuse to go on if anything that changes the result differs from this plan.lock.json of an earlier run",
         )
         sub.set_defaults(command=command)
+
+    analyze = commands.add_parser("analyze", help="show what a folder of documents holds, and what is wrong with it")
+    analyze.add_argument("path", help="a file or folder of documents")
+    analyze.add_argument(
+        "--tokenizer", metavar="FOLDER_OR_NAME", help="count tokens too: a tokenizer's folder or hub name"
+    )
+    analyze.add_argument("--json", action="store_true", help="all figures as one object, for tools")
+    analyze.set_defaults(command=do.analyze)
 
     plugins = commands.add_parser(
         "plugins",

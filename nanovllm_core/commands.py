@@ -68,6 +68,14 @@ def explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def analyze(args: argparse.Namespace) -> int:
+    from nanovllm_core.analyze import analyze_document_collection, said, table
+
+    found = analyze_document_collection(args.path, args.tokenizer, progress=said(sys.stderr))
+    print(json.dumps(found, indent=1) if args.json else table(found), end="\n" if args.json else "")
+    return 0
+
+
 def plugins(args: argparse.Namespace) -> int:
     from nanovllm_core.registry import Registry, rows_table
 

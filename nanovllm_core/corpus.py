@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from attrs import frozen
+from numpy.typing import NDArray
 
 from nanovllm_core.assemble import tokenizer_of
 from nanovllm_core.contracts import Tokenizer
 from nanovllm_core.data.batches import Batches, held_out_batches
 from nanovllm_core.data.chunks import Chunks
+from nanovllm_core.data.ledger import Counts
 from nanovllm_core.data.packing import Packing, pack
 from nanovllm_core.data.split import held_out, kept
-from nanovllm_core.data.store import Store, known_counts, open_or_build
+from nanovllm_core.data.store import Store, known, open_or_build
 from nanovllm_core.errors import DataError
+from nanovllm_core.files import MANIFEST, damage, writing, written_whole
 from nanovllm_core.hookspecs import Callbacks
-from nanovllm_core.lock import reading
+from nanovllm_core.lock import reading, with_content
 from nanovllm_core.plan import Plan
 from nanovllm_core.training.trainer import Evaluation
+
+LEDGER = "skipped.jsonl"
 
 
 @frozen(kw_only=True, eq=False)
@@ -35,19 +42,38 @@ class Corpus:
     evaluation: Evaluation | None
 
 
-def count(plan: Plan, fingerprint: str, folder: Path, events: Callbacks) -> int:
-    """How many documents there are: one walk over all of them, unless the store in `folder` remembers.
+@frozen(eq=False)
+class Found:
+    """What a walk over all documents met."""
 
-    Raises DataError at the first bad record, or when there is no document.
+    counts: Counts
+    contents: NDArray[np.uint64]  # the hash of each document's text
+
+
+def count(plan: Plan, fingerprint: str, folder: Path, events: Callbacks) -> Found:
+    """What documents there are: one walk over all of them, unless the store in `folder` remembers.
+
+    Raises DataError at bad input beyond what the recipe allows, or when there is no document.
     """
     documents = plan.data.documents
     with phase(events, "reading") as tell:
-        counts = known_counts(folder, _key(plan, fingerprint)) or documents.count(tell)
-    skipped = "".join(f", {n} skipped ({why})" for why, n in counts.skipped.items())
+        remembered = known(folder, _key(plan, fingerprint))
+        if remembered and remembered[0].within(documents.allow):
+            found = Found(*remembered)
+        else:
+            counts = documents.count(tell)
+            found = Found(counts, np.array(documents.contents, np.uint64))
+    counts = found.counts
+    skipped = "".join(f", {n:,} skipped ({why})" for why, n in counts.skipped.items())
+    copies = counts.documents - len(np.unique(found.contents))
     events.note(
         text=f"{counts.documents:,} documents in {documents.files:,} files, {counts.characters:,} characters{skipped}"
     )
-    return counts.documents
+    if copies:
+        events.note(
+            text=f"{copies:,} documents are exact copies of others; copies are never on both sides of the evaluation split"
+        )
+    return found
 
 
 def _key(plan: Plan, fingerprint: str) -> str:
@@ -55,18 +81,23 @@ def _key(plan: Plan, fingerprint: str) -> str:
     return hashlib.sha256(json.dumps([fingerprint, reading(plan, versions=True)]).encode()).hexdigest()
 
 
-def prepare(plan: Plan, fingerprint: str, count: int, folder: Path, events: Callbacks) -> Corpus:
-    """Everything between `count` documents and batches; tokens are kept in `folder` and found again.
+def prepare(
+    plan: Plan, fingerprint: str, named: Mapping[str, str], found: Found, folder: Path, events: Callbacks
+) -> Corpus:
+    """Everything between the documents that were found and batches; tokens and a vocabulary are kept in `folder` and found
+    again. What was skipped is listed in `skipped.jsonl` in the output folder.
 
     Raises DataError when there is nothing to train on.
     """
     documents, data, seed = plan.data.documents, plan.recipe.data, plan.recipe.train.seed
-    out = held_out(count, data.eval_fraction, seed)
-    absent = frozenset(out.tolist())
+    count = found.counts.documents
+    out = held_out(found.contents, data.eval_fraction, seed)
     with phase(events, "building the vocabulary") as tell:
-        tokenizer = tokenizer_of(plan.model, lambda: documents.texts(absent, tell))
+        key = [_key(plan, fingerprint), with_content(plan.model.tokenizer, named), plan.model.vocabulary.value]
+        tokenizer = _tokenizer(plan, [*key, out.tobytes().hex()], folder, out, count, tell)
     with phase(events, "tokenising") as tell:
         store = open_or_build(folder, _key(plan, fingerprint), documents, tokenizer, tell)
+    _publish_ledger(store, plan.output_dir / LEDGER)
     chunks, packing = _packed(plan, store, tokenizer, kept(count, out), seed)
     if not len(packing):
         raise DataError(f"{data.path}: no document has two tokens or more, so there is nothing to learn from")
@@ -82,6 +113,35 @@ def prepare(plan: Plan, fingerprint: str, count: int, folder: Path, events: Call
     )
 
 
+def _tokenizer(
+    plan: Plan, key: list[Any], folder: Path, out: NDArray[np.int64], count: int, tell: Callable[[int, int], None]
+) -> Tokenizer:
+    """The tokenizer: as an earlier run of the same made it, or made now of all documents but those held out."""
+    absent = np.zeros(count, bool)
+    absent[out] = True
+    model = plan.model
+    place = folder / f"tokenizer-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
+
+    def make(kept: Path) -> Tokenizer:
+        return tokenizer_of(model, lambda: plan.data.documents.texts(lambda n: bool(absent[n]), tell), kept)
+
+    if damage(place) is None:
+        return make(place)
+    for old in folder.glob("tokenizer-*"):
+        if (old / MANIFEST).is_file():
+            shutil.rmtree(old, ignore_errors=True)
+    with writing(place), written_whole(place) as partial:
+        return make(partial)
+
+
+def _publish_ledger(store: Store, place: Path) -> None:
+    """A copy of the store's ledger where the user looks for it, or none when nothing was skipped."""
+    place.unlink(missing_ok=True)
+    if store.counts.skipped:
+        with writing(place):
+            shutil.copyfile(store.folder / "skipped.jsonl", place)
+
+
 def _packed(plan: Plan, store: Store, tokenizer: Tokenizer, numbers: Any, seed: int) -> tuple[Chunks, Packing]:
     data = plan.recipe.data
     separator = tokenizer.encode([data.document_separator])[0] if data.concatenate_documents else None
@@ -92,6 +152,7 @@ def _packed(plan: Plan, store: Store, tokenizer: Tokenizer, numbers: Any, seed: 
         overlap=plan.chunk_overlap.value,
         minimum=data.min_chunk_size,
         separator=separator,
+        train_on_overlap=data.train_on_overlap,
     )
     return chunks, pack(chunks.lengths, data.max_seq_length, seed)
 

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from nanovllm_core.contracts import (
+    Damage,
     Decision,
     Document,
     KernelRequest,
@@ -70,8 +71,13 @@ class Readers:
         raise NotImplementedError
 
     @hookspec(firstresult=True)
-    def read(self, source: Source) -> Iterator[Record]:
-        """The source's records, in order. Return an iterator (a generator made by another function), do not yield."""
+    def read(self, source: Source) -> Iterator[Record | Damage]:
+        """The source's records, in order. Return an iterator (a generator made by another function), do not yield.
+
+        For a record that cannot be read, raise DataError, which ends the source; or, where the next one can still be
+        found, give a `Damage` and go on. The recipe's `data.on_error` decides what becomes of either. `data.opening`
+        opens compressed files and tells encodings.
+        """
         raise NotImplementedError
 
 
@@ -93,8 +99,13 @@ class Tokenizers:
         raise NotImplementedError
 
     @hookspec(firstresult=True)
-    def make(self, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
-        """The tokenizer. `texts()` iterates over the training documents' text, as often as it is called."""
+    def make(self, texts: Callable[[], Iterable[str]], vocab_size: int, kept: Path | None) -> Tokenizer:
+        """The tokenizer. `texts()` iterates over the training documents' text, as often as it is called; a very long text
+        comes in parts.
+
+        `kept`, if it is not None, is a folder that the core keeps for just these documents, options and size: what a
+        `make` that returned has written there is there the next time, and may be opened instead of made again.
+        """
         raise NotImplementedError
 
 

@@ -24,7 +24,9 @@ from nanovllm_core.plan import Plan
 
 # What changes the trained weights, and so the identity. Left out on purpose: how long, how often something is said or
 # saved, where it runs and by which kernels, and versions: an update goes on with a run (its lock says what changed).
-DATA_KEYS = ("max_seq_length", "concatenate_documents", "document_separator", "min_chunk_size", "eval_fraction")
+DATA_KEYS = (
+    "max_seq_length", "concatenate_documents", "document_separator", "min_chunk_size", "eval_fraction", "train_on_overlap",
+)  # fmt: skip
 TRAIN_KEYS = (
     "learning_rate", "weight_decay", "beta1", "beta2", "lr_scheduler_type", "warmup_steps", "mixed_precision",
     "gradient_clipping", "seed",
@@ -70,14 +72,15 @@ def identity(plan: Plan, data_fingerprint: str, named: Mapping[str, str]) -> str
         "documents": data_fingerprint,
         "data": {key: getattr(data, key) for key in DATA_KEYS} | {"chunk_overlap": plan.chunk_overlap.value},
         "reading": reading(plan, versions=False),
-        "tokenizer": _with_content(plan.model.tokenizer, named),
-        "model": _with_content(plan.model.model, named),
+        "tokenizer": with_content(plan.model.tokenizer, named),
+        "model": with_content(plan.model.model, named),
         "train": {key: getattr(train, key) for key in TRAIN_KEYS} | {"global_batch": sequences_per_step(plan)},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _with_content(choice: Choice, named: Mapping[str, str]) -> dict[str, Any]:
+def with_content(choice: Choice, named: Mapping[str, str]) -> dict[str, Any]:
+    """A component without its version; models that its options name count by their `contents`."""
     told = _described(choice, versions=False)
     for name, _ in model_refs(choice.component):
         told["options"][name] = named[f"{choice.slot}.{name}"]

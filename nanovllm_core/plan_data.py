@@ -105,7 +105,7 @@ def plan_data(slots: Slots, output_dir: Path) -> DataPlan:
         sources = Sources.find(found, exclude=output_dir)
     except DataError as e:
         raise DataError(f"{said}{e}") from e
-    documents = Documents(sources, pick, lambda record: relay.extract(record=record))
+    documents = Documents(sources, pick, lambda record: relay.extract(record=record), recipe.data.allowed_errors)
     return DataPlan(
         documents=documents,
         readers=readers,

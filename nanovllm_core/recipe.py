@@ -59,7 +59,11 @@ class Data:
     document_separator: text between documents when they are joined
     chunk_overlap: tokens that a chunk repeats from the one before; null: 128, or a quarter of max_seq_length if less
     min_chunk_size: tokens; a shorter rest joins the chunk before it
+    train_on_overlap: train tokens that two chunks share in both; otherwise the second has them as context only
     eval_fraction: share of the documents held out for evaluation; 0 turns evaluation off
+    on_error: what a record or file that cannot be read does: `strict` stops the run with its place, `skip` leaves it out
+      and lists it in skipped.jsonl in output_dir
+    max_errors: how many such may be skipped: a count, or a share of all records below 1 (at least one)
     """
 
     path: str | None = None
@@ -70,7 +74,21 @@ class Data:
     document_separator: str = "\n\n---\n\n"
     chunk_overlap: int | None = field(default=None, validator=at_least(0))
     min_chunk_size: int = field(default=100, validator=at_least(1))
+    train_on_overlap: bool = False
     eval_fraction: float = field(default=0.05, validator=[at_least(0), below(1)])
+
+    on_error: Literal["strict", "skip"] = "strict"
+    max_errors: int | float = field(default=0.01, validator=above(0))
+
+    @max_errors.validator
+    def _count_or_share(self, attribute: Any, value: float) -> None:
+        if value > 1 and value != int(value):
+            raise ValueError(f"got {value}, a count is a whole number and a share is below 1")
+
+    @property
+    def allowed_errors(self) -> int | float:
+        """The budget; 0 where `on_error` is strict."""
+        return self.max_errors if self.on_error == "skip" else 0
 
     @chunk_overlap.validator
     def _shorter_than_a_chunk(self, attribute: Any, value: int | None) -> None:

@@ -46,7 +46,7 @@ def run(plan: Plan, callbacks: Sequence[object] = (), stop: StopRequest | None =
             say_finished(events, done[0], folder)
         else:
             write_lock(folder, lock_of(plan, who, fingerprint, named))
-            corpus = prepare(plan, fingerprint, documents, folder / TOKENS, events)
+            corpus = prepare(plan, fingerprint, named, documents, folder / TOKENS, events)
             Job(plan, corpus, who, events, stop).run(found)
     events.run_finished(output_dir=folder)
     return folder

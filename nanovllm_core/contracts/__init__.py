@@ -1,7 +1,7 @@
 """What crosses between parts: documents, tokenizers, shapes, operations, modules, layouts. attrs only, no heavy import."""
 
 from nanovllm_core.contracts.choices import Accept, Decision, Refuse, Verdict
-from nanovllm_core.contracts.documents import Document, ModelRef, Record, Segment, Source, Tokenizer
+from nanovllm_core.contracts.documents import Damage, Document, ModelRef, Record, Segment, Source, Tokenizer
 from nanovllm_core.contracts.models import (
     IGNORE,
     KV,
@@ -20,7 +20,7 @@ from nanovllm_core.contracts.models import (
 from nanovllm_core.contracts.parallel import Layout, Parallelized, ParallelRequest
 
 __all__ = [
-    "IGNORE", "KV", "LIMITS", "OPERATIONS", "Accept", "Batch", "CachingModule", "Decision", "Document", "KernelRequest",
+    "IGNORE", "KV", "LIMITS", "OPERATIONS", "Accept", "Batch", "CachingModule", "Damage", "Decision", "Document", "KernelRequest",
     "Layout", "MicroBatch", "ModelRef", "Module", "Ops", "ParallelRequest", "Parallelized", "Record", "Refuse",
     "RowState", "Segment", "Shape", "Source", "Step", "Tokenizer", "Verdict",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ class Source:
     name: str  # relative to data.path, with forward slashes: what metadata and messages show
     size: int = 0  # bytes
     exists: bool = True
+    modified: int | None = None  # nanoseconds, as the file system says; None: not known
 
 
 @frozen
@@ -32,12 +33,33 @@ class Record:
     source: str  # Source.name
     line: int | None = None  # 1-based, for line formats
     index: int = 0  # 0-based within the source
-    byte: int = 0  # where it begins in the source
+    byte: int = 0  # where it begins in the source; in a compressed one, in what it holds
+    continues: bool = False  # the next record is more of this text: a very long one comes in parts
 
     @property
     def place(self) -> str:
         """`file:line` or `file[index]`, for messages."""
         return f"{self.source}:{self.line}" if self.line is not None else f"{self.source}[{self.index}]"
+
+
+@frozen
+class Damage:
+    """What a reader yields in place of a record that it cannot read, if it can go on behind it."""
+
+    source: str  # Source.name
+    reason: str
+    line: int | None = None  # 1-based
+    index: int = 0  # 0-based, counted with the records
+    byte: int = 0  # of the damage
+    last: bool = False  # the rest of the source cannot be told apart and is left out with it
+
+    @property
+    def message(self) -> str:
+        """`file:line:byte: reason`; the reason alone where it names the file."""
+        if self.reason.startswith(self.source):
+            return self.reason
+        place = f"{self.source}:{self.line}:{self.byte}" if self.line is not None else f"{self.source}[{self.index}]"
+        return f"{place}: {self.reason}"
 
 
 @frozen
@@ -56,6 +78,8 @@ class Document:
     segments: tuple[Segment, ...]
     source: str
     index: int = 0
+    opens: bool = True  # False: more of the document before it, one long text in parts
+    closes: bool = True  # False: the next document is more of it
 
     @property
     def text(self) -> str:
@@ -75,7 +99,10 @@ class Tokenizer(Protocol):
     special_texts: tuple[str, ...]  # what `markup=True` reads as special tokens, e.g. "<|im_end|>"
 
     def encode(self, texts: Sequence[str], *, markup: bool = False) -> list[list[int]]:
-        """Ids of each text, without prefix or end. `markup` reads special tokens written in the text."""
+        """Ids of each text, without prefix or end. `markup` reads special tokens written in the text.
+
+        May be called from two threads at once.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from nanovllm_core.contracts import IGNORE
@@ -133,12 +133,17 @@ class Chunks:
         overlap: int,
         minimum: int,
         separator: Sequence[int] | None = None,
+        train_on_overlap: bool = False,
     ) -> None:
-        """`separator`: token ids between documents that are joined into one stream; None cuts each by itself."""
+        """`separator`: token ids between documents that are joined into one stream; None cuts each by itself.
+
+        `train_on_overlap`: a position that windows share is trained in each of them, not in the first alone.
+        """
         self.store = store
         self.texts: Texts = Separate(store, numbers) if separator is None else Joined(store, numbers, separator)
-        self.windows = windows(self.texts.lengths, length, overlap, minimum)
-        self.text_bytes = int(store.documents["bytes"][numbers].sum())  # whose tokens are trained, over all windows
+        cut = windows(self.texts.lengths, length, overlap, minimum)
+        self.windows = evolve(cut, context=np.zeros_like(cut.context)) if train_on_overlap else cut
+        self.text_bytes = int(store.documents["bytes"][numbers].sum())  # whose tokens are trained, each once
 
     def __len__(self) -> int:
         return len(self.windows)

@@ -8,28 +8,31 @@ Text never becomes a special token. In a chat this is kept by rendering the temp
 token that a message spells out, and encoding those stretches as plain text afterwards: template logic that looks at the
 message (stripping, `<think>` blocks) sees everything else as it is. The cost: merges do not cross such a stretch.
 
-Long texts are cut before white space that follows a letter, where encoding the halves was seen to give the ids of the
-whole around the cut, so that memory stays bounded (tokenizers hold some 150 bytes a token while encoding).
+Long texts are cut before white space, where encoding the halves was seen to give the ids of the whole around the cut:
+memory stays bounded (tokenizers hold some 150 bytes a token while encoding) and all cores have work. A text that comes in
+parts is cut at such places too; only where it has none for 8 million characters, the ids at the cut are other ones.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from nanovllm_core.contracts import Document, Segment, Tokenizer
 from nanovllm_core.errors import DataError, NanoError
 
-RULES = 1  # raised whenever the same document and tokenizer would give other ids or marks
+RULES = 2  # raised whenever the same document and tokenizer would give other ids or marks
 GROUP = 2_000_000  # characters given to the tokenizer at once
-LONG = 1_000_000  # characters; longer texts are cut
+LONG = 100_000  # characters; longer texts are cut
+TAIL = 50_000  # characters at the end of a part in which the cut is looked for
+HUGE = 8_000_000  # characters kept for want of a place to cut
 CONTEXT = 256  # characters on each side of a cut that is tried
 TRIES = 16
-CUTS = re.compile(r"[^\W\d_](?=[ \n])")
+CUTS = (re.compile(r"[^\W\d_](?=[ \n])"), re.compile(r"\S(?=\s)"))  # the first is most often right
 
 Piece = tuple[str, bool]  # text, and whether special tokens written in it are meant (template text)
 Ids = NDArray[np.uint32]
@@ -68,14 +71,31 @@ class Encoder:
         """Raises DataError when the chat template cannot frame a document, or its text is no Unicode."""
         plans = []
         for document in documents:
-            chat = self.tokenizer.has_chat_template and _is_chat(document)
+            whole = document.opens and document.closes
+            chat = whole and self.tokenizer.has_chat_template and _is_chat(document)
             plans.append((chat, self._chat(document) if chat else self._plain(document)))
         ids = iter(self._ids([piece for _, plan in plans for stretch in plan for piece in stretch.pieces]))
         result = []
-        for chat, plan in plans:
+        for document, (chat, plan) in zip(documents, plans, strict=True):
             parts = [(np.concatenate([next(ids) for _ in s.pieces]), s) for s in plan]
-            result.append(self._close_chat(parts) if chat else self._close_plain(parts))
+            result.append(self._close_chat(parts) if chat else self._close_plain(parts, document))
         return result
+
+    def recut(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents; texts that come in parts are parted anew, where that changes no id as far as is seen."""
+        text, opens = "", True
+        for document in documents:
+            if document.opens and document.closes:
+                yield document
+                continue
+            text, opens = (document.text, True) if document.opens else (text + document.text, opens)
+            cut = len(text) if document.closes else self._cut(text, max(0, len(text) - TAIL), room=CONTEXT)
+            if cut is None and len(text) > HUGE:
+                cut = len(text)
+            if cut is not None:
+                segment = evolve(document.segments[0], text=text[:cut])
+                yield evolve(document, segments=(segment,), opens=opens)
+                text, opens = text[cut:], False
 
     # ------------------------------------------------------------ framing
 
@@ -135,11 +155,14 @@ class Encoder:
 
     # ------------------------------------------------------------ ids
 
-    def _close_plain(self, parts: list[tuple[Ids, _Stretch]]) -> Encoded:
-        prefix = self.tokenizer.prefix_ids
-        ids = np.concatenate([_ids(prefix), *(i for i, _ in parts), _ids((self.tokenizer.end_id,))])
-        marks = [(len(prefix), False), *((len(i), s.trained) for i, s in parts), (1, True)]
+    def _close_plain(self, parts: list[tuple[Ids, _Stretch]], document: Document) -> Encoded:
+        prefix = self.tokenizer.prefix_ids if document.opens else ()
+        end = (self.tokenizer.end_id,) if document.closes else ()
+        ids = np.concatenate([_ids(prefix), *(i for i, _ in parts), _ids(end)])
+        marks = [(len(prefix), False), *((len(i), s.trained) for i, s in parts), (len(end), True)]
         size = sum(s.bytes for _, s in parts if s.trained)
+        if not document.opens:
+            return _encoded(ids, marks, size, opens=False)
         if not prefix and parts and parts[0][1].trained and len(parts[0][0]):
             size -= _bytes_of(self.tokenizer, int(ids[0]))
         return _encoded(ids, marks, max(0, size))
@@ -185,13 +208,15 @@ class Encoder:
             start = cut
         return [*parts, text[start:]]
 
-    def _cut(self, text: str, after: int) -> int | None:
-        for _, found in zip(range(TRIES), CUTS.finditer(text, after), strict=False):
-            cut = found.end()
-            left, right = text[max(0, cut - CONTEXT) : cut], text[cut : cut + CONTEXT]
-            whole, first, second = self.tokenizer.encode([left + right, left, right])
-            if whole == [*first, *second]:
-                return cut
+    def _cut(self, text: str, after: int, room: int = 0) -> int | None:
+        """A place to cut behind `after`, with at least `room` characters behind it."""
+        for pattern in CUTS:
+            for _, found in zip(range(TRIES), pattern.finditer(text, after, len(text) - room), strict=False):
+                cut = found.end()
+                left, right = text[max(0, cut - CONTEXT) : cut], text[cut : cut + CONTEXT]
+                whole, first, second = self.tokenizer.encode([left + right, left, right])
+                if whole == [*first, *second]:
+                    return cut
         return None
 
 
@@ -207,9 +232,10 @@ def _ids(ids: Sequence[int]) -> Ids:
     return np.array(ids, dtype=np.uint32)
 
 
-def _encoded(ids: Ids, marks: Sequence[tuple[int, bool]], size: int) -> Encoded:
+def _encoded(ids: Ids, marks: Sequence[tuple[int, bool]], size: int, *, opens: bool = True) -> Encoded:
     trained = np.repeat(np.array([m for _, m in marks], np.uint8), [n for n, _ in marks])
-    trained[:1] = 0
+    if opens:
+        trained[:1] = 0
     return Encoded(ids, trained, size)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nanovllm_core.contracts import Accept, Record, Refuse, Source
+from nanovllm_core.contracts import Accept, Damage, Record, Refuse, Source
 from nanovllm_core.errors import DataError
 from nanovllm_core.hookspecs import Readers
 from nanovllm_core.testing.contract import Contract
@@ -138,7 +138,7 @@ class ReaderContract(Contract):
         found: list[list[Record]] = [[] for _ in sources]
         for _ in range(max(map(len, alone), default=0) + 1):  # in turn, one record at a time
             for i, iterator in enumerate(running):
-                found[i] += [record for record in [next(iterator, None)] if record is not None]
+                found[i] += [_sound(record) for record in [next(iterator, None)] if record is not None]
         for source, whole, mixed in zip(sources, alone, found, strict=True):
             self.check(whole == mixed, f"{source.name} read beside others differs", "readings share no state")
 
@@ -209,7 +209,8 @@ class ReaderContract(Contract):
         return found
 
     def read(self, source: Source) -> list[Record]:
-        return list(self.bound(Readers).read(source=source))
+        """The source's records; a Damage among them counts as the DataError that another reader would raise."""
+        return [_sound(found) for found in self.bound(Readers).read(source=source)]
 
     def judged(self, source: Source, wanted: type) -> None:
         given = f"{'file' if source.exists else 'the string'} {source.name!r}"
@@ -229,6 +230,12 @@ class ReaderContract(Contract):
             given = f"{source.name} holding {_short(content)} raised {type(e).__name__}: {e}"
             raise AssertionError(self.told(given, "what cannot be read raises DataError")) from e
         return ""
+
+
+def _sound(found: Record | Damage) -> Record:
+    if isinstance(found, Damage):
+        raise DataError(found.message)
+    return found
 
 
 def _is_json(value: Any) -> bool:

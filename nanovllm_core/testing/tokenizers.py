@@ -202,15 +202,21 @@ class TokenizerContract(Contract):
         end = opened.eos_token_id
         self.check(end == tokenizer.end_id, f"end_id {tokenizer.end_id}, eos_token_id {end}", "the same end there")
 
+    def test_what_it_kept_gives_the_same_again(self, tmp_path: Path) -> None:
+        first = self.made(kept=tmp_path)
+        again = self.made(kept=tmp_path)
+        same = first.fingerprint == again.fingerprint and first.encode(self.texts) == again.encode(self.texts)
+        self.check(same, "made again beside what it kept, it differs", "`kept` spares the work and changes nothing")
+
     # ------------------------------------------------------------ helpers
 
     def planned(self) -> int:
         return self.bound(Tokenizers).vocab_size(data_bytes=sum(len(t.encode()) for t in self.texts)).value
 
-    def made(self, texts: Sequence[str] | None = None) -> Tokenizer:
+    def made(self, texts: Sequence[str] | None = None, kept: Path | None = None) -> Tokenizer:
         """The tokenizer, made as a run makes it."""
         given = self.texts if texts is None else texts
-        return self.bound(Tokenizers).make(texts=lambda: iter(given), vocab_size=self.planned())
+        return self.bound(Tokenizers).make(texts=lambda: iter(given), vocab_size=self.planned(), kept=kept)
 
     def special_ids(self, tokenizer: Tokenizer) -> set[int]:
         marked = tokenizer.encode(tokenizer.special_texts, markup=True) if tokenizer.special_texts else []

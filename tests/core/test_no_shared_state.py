@@ -26,7 +26,9 @@ CONSTANT = (bool, int, float, complex, str, bytes, type(None), re.Pattern, Enum,
 DECLARED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type, typing.TypeVar, typing.NewType)
 MARKERS = (pluggy.HookspecMarker, pluggy.HookimplMarker)  # hold a project's name, in slots
 ALLOWED = {
-    "nanovllm_core.data.store.DOCUMENT": "a numpy dtype, of which nothing can be set",
+    "nanovllm_core.data.building.DOCUMENT": "a numpy dtype, of which nothing can be set",
+    "nanovllm_core.data.store.DOCUMENT": "the same",
+    "nanovllm_core.data.sources.ROW": "a struct.Struct, of which nothing can be set",
     "nanovllm_core.testing.extractors.ANYTHING": "records of every JSON type, handed to extractors as copies",
 }  # name: why it may stand
 

@@ -92,7 +92,7 @@ def test_every_token_is_predicted_once(
     rng = np.random.default_rng(seed)
     texts = ["".join(rng.choice(list("abcdef ghij"), n)) + "." for n in sizes]
     store = built(tmp_path_factory.mktemp("s"), memory, letters, texts)
-    out = held_out(len(texts), 0.3, seed)
+    out = held_out(store.contents, 0.3, seed)
     length, overlap, minimum = cut
     separator = [70, 71, 72] if joined else None
     for numbers in (kept(len(texts), out), out):
@@ -127,3 +127,15 @@ def test_metadata(tmp_path: Path, memory, letters) -> None:
     assert joined.read(0)[0].tolist() == store.ids(0)[:16].tolist()
     stream = [*store.ids(0), 70, *store.ids(1), 70, *store.ids(2)]
     assert [t for i in range(3) for t in joined.read(i)[0]] == stream[:-1]
+
+
+def test_an_overlap_is_trained_once_unless_asked(tmp_path: Path, memory, letters) -> None:
+    store = built(tmp_path, memory, letters, ["abcdefghijklmnopqrst"])  # 21 positions: 0-8, 5-13, 10-18, 13-21
+    once = Chunks(store, np.arange(1), length=8, overlap=3, minimum=7)
+    often = Chunks(store, np.arange(1), length=8, overlap=3, minimum=7, train_on_overlap=True)
+    assert [once.trained(i) for i in range(len(once))] == [8, 5, 5, 3]
+    assert [often.trained(i) for i in range(len(often))] == [8, 8, 8, 8]
+    for i in range(len(once)):
+        assert np.array_equal(once.read(i)[0], often.read(i)[0])
+        assert often.read(i)[1].tolist() == [*often.read(i)[0][1:].tolist(), often.read(i)[1][-1]]
+    assert once.text_bytes == often.text_bytes == 20

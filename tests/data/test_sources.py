@@ -96,10 +96,10 @@ def test_fingerprint_tells_how_far_it_is_and_refuses_what_is_no_file(tmp_path: P
     with pytest.raises(DataError, match="no file"):
         fingerprint(Sources.find("memory://7"))
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(DataError, match=r"a\.txt: cannot be read"):
+    with pytest.raises(DataError, match=r"a\.txt: cannot be read: it vanished"):
         fingerprint(found)
 
 
 def test_suffix() -> None:
     found = Sources.find("nothing.Here.TXT")
-    assert suffix_of(found.sources[0]) == ".txt"
+    assert suffix_of(next(iter(found))) == ".txt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanovllm_core.contracts import Source
+from nanovllm_core.contracts import Document, Record, Segment, Source
+from nanovllm_core.data import building as building_module
+from nanovllm_core.data import encode as encode_module
 from nanovllm_core.data import store as store_module
 from nanovllm_core.data.documents import Documents
 from nanovllm_core.data.sources import Sources
-from nanovllm_core.data.store import Store, known_counts, open_or_build, store_key
+from nanovllm_core.data.store import Store, known, open_or_build, store_key
 from nanovllm_core.errors import DataError, OutputError
 
 VALUES = {"a.jsonl": ["one", "", "two two"], "b.txt": [("Question", "Answer")], "c.txt": ["drei"]}
@@ -70,7 +73,7 @@ def test_found_again_without_reading_and_equal_when_rebuilt(tmp_path: Path, memo
 
 def test_batches_do_not_change_it(tmp_path: Path, memory, letters, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_or_build(tmp_path / "1", KEY, memory(VALUES), letters())
-    monkeypatch.setattr(store_module, "BATCH", 1)
+    monkeypatch.setattr(building_module, "BATCH", 1)
     assert contents(open_or_build(tmp_path / "2", KEY, memory(VALUES), letters())) == contents(first)
 
 
@@ -89,13 +92,15 @@ def test_one_store_is_kept_and_remembers_its_counts(tmp_path: Path, memory, lett
     open_or_build(tmp_path, "1" * 64, memory(VALUES), letters())
     second = open_or_build(tmp_path, "2" * 64, memory(VALUES), letters())
     assert list(tmp_path.iterdir()) == [second.folder]
-    assert known_counts(tmp_path, "2" * 64) == second.counts
-    assert known_counts(tmp_path, "1" * 64) is None
+    counts, contents = known(tmp_path, "2" * 64)
+    assert counts == second.counts
+    assert contents.tolist() == second.contents.tolist()
+    assert known(tmp_path, "1" * 64) is None
     (second.folder / "meta.json").write_text("{")
-    assert known_counts(tmp_path, "2" * 64) is None
+    assert known(tmp_path, "2" * 64) is None
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "trained.bin", "documents.bin", "meta.json", "sources.json"])
+@pytest.mark.parametrize("name", [*building_module.FILES, "meta.json"])
 def test_a_damaged_store_is_built_anew(name: str, tmp_path: Path, memory, letters) -> None:
     store = open_or_build(tmp_path, KEY, memory(VALUES), letters())
     whole = contents(store)
@@ -134,72 +139,140 @@ def test_unfinished_stores_of_dead_processes_are_removed(tmp_path: Path, memory,
 SCRIPT = """
 import sys
 sys.path[:] = {path!r}
+import resource
 from pathlib import Path
 from nanovllm_core.contracts import Document, Record, Segment, Source
+from nanovllm_core.data import building
 from nanovllm_core.data.documents import Documents
 from nanovllm_core.data.sources import Sources
 from nanovllm_core.data.store import open_or_build
 from nanovllm_tokenizers.bpe import train
 
-class Endless:
+class Made:
     def read(self, source):
         for i in range({count}):
-            yield Record(value=f"text number {{i}} " * 40, source="s", index=i)
-            if i == 5_000:
-                print("well under way", flush=True)
+            long = i % 500 == 7
+            for part in range(3 if long else 1):
+                value = f"text number {{i}} " * (400 if long else 40)
+                yield Record(value=value, source=source.name, index=i, continues=long and part < 2)
 
+building.BATCH, building.SAVE = {batch}, 3 * {batch}
 documents = Documents(
-    Sources(path="s", sources=(Source(path="s", name="s", size=1),)), lambda s: Endless(),
-    lambda r: Document(segments=(Segment(r.value),), source="s", index=r.index),
+    Sources(path="s", sources=[Source(path="s", name="s", size=1), Source(path="t", name="t", size=1)]), lambda s: Made(),
+    lambda r: Document(segments=(Segment(r.value),), source=r.source, index=r.index),
 )
-open_or_build(Path({root!r}), {key!r}, documents, train(["text number 0123456789 " * 9], 300))
-print("done", end=" ")
-import resource
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+tokenizer = train(["text number 0123456789 " * 9], 300)
+encoded = 0
+def encode(texts, markup=False, plain=tokenizer.encode):
+    global encoded
+    encoded += sum(map(len, texts))
+    return plain(texts, markup=markup)
+tokenizer.encode = encode
+open_or_build(Path({root!r}), {key!r}, documents, tokenizer)
+print(encoded, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def script(root: Path, count: int) -> list[str]:
-    return [sys.executable, "-c", SCRIPT.format(path=sys.path, root=str(root), key=KEY, count=count)]
+def script(root: Path, count: int, batch: int) -> list[str]:
+    return [sys.executable, "-c", SCRIPT.format(path=sys.path, root=str(root), key=KEY, count=count, batch=batch)]
+
+
+def figures(root: Path, count: int, batch: int) -> tuple[int, int]:
+    """Characters that were tokenised, peak memory in KiB."""
+    out = subprocess.run(script(root, count, batch), capture_output=True, text=True, check=True).stdout
+    encoded, peak = map(int, out.split())
+    return encoded, peak
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
-def test_a_build_killed_half_way_leaves_nothing_that_opens(tmp_path: Path, memory, letters) -> None:
-    process = subprocess.Popen(script(tmp_path, 10**9), stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    assert process.stdout.readline() == "well under way\n"
+def test_a_killed_build_never_opens_and_is_gone_on_with(tmp_path: Path) -> None:
+    whole, _ = figures(tmp_path / "whole", 3_000, 50_000)
+    process = subprocess.Popen(script(tmp_path / "killed", 3_000, 50_000))
+    folder = tmp_path / "killed" / f".building-{store_key_of(tmp_path / 'whole')[:12]}"
+    while not (folder / building_module.NOTE).exists():
+        assert process.poll() is None
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    process.stdout.close()
-    [left] = tmp_path.iterdir()
-    assert left.name.startswith(".building-")
-    assert (left / "tokens.bin").stat().st_size > 0
-    assert Store.open(left, KEY) is None
-    assert Store.open(tmp_path / KEY[:32], KEY) is None
-    store = open_or_build(tmp_path, KEY, memory(VALUES), letters())
-    assert len(store) == 4
+    assert not list((tmp_path / "killed").glob("[!.]*"))
+    assert Store.open(folder, store_key_of(tmp_path / "whole")) is None
+    rest, _ = figures(tmp_path / "killed", 3_000, 50_000)
+    assert rest <= whole - 3 * 50_000  # what was noted is not tokenised again
+    [first], [second] = (tmp_path / "whole").iterdir(), (tmp_path / "killed").iterdir()
+    assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in second.iterdir()}
+
+
+def store_key_of(root: Path) -> str:
+    [folder] = root.iterdir()
+    return str(json.loads((folder / "meta.json").read_text())["key"])
+
+
+@pytest.mark.parametrize("name", [*building_module.DATA, building_module.NOTE])
+def test_a_damaged_unfinished_build_begins_anew(
+    name: str, tmp_path: Path, memory, letters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building_module, "SAVE", 1)
+    monkeypatch.setattr(building_module, "BATCH", 1)
+
+    class Dying(letters):  # type: ignore[misc, valid-type]
+        def encode(self, texts, *, markup=False):
+            if "drei" in texts:
+                raise KeyboardInterrupt
+            return super().encode(texts, markup=markup)
+
+    with pytest.raises(KeyboardInterrupt):
+        open_or_build(tmp_path, KEY, memory(VALUES), Dying())
+    [left] = [p for p in tmp_path.iterdir() if p.is_dir()]
+    data = (left / name).read_bytes()
+    assert data
+    (left / name).write_bytes(data[:-2])
+    again = open_or_build(tmp_path, KEY, memory(VALUES), letters())
+    assert contents(again) == contents(open_or_build(tmp_path / "other", KEY, memory(VALUES), letters()))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="resource is not there on Windows")
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    peaks = []
-    for count in (6_000, 18_000):  # 5 and 14 MB of text: 3 and 7 batches
-        out = subprocess.run(script(tmp_path / str(count), count), capture_output=True, text=True, check=True).stdout
-        peaks.append(int(out.rsplit("done", 1)[1]) / 1024)
-    assert peaks[1] < peaks[0] + 30, f"peak MB: {peaks}"
+    peaks = [figures(tmp_path / str(count), count, 300_000)[1] / 1024 for count in (2_000, 10_000)]  # 3 and 13 MB
+    assert peaks[1] < peaks[0] + 20, f"peak MB: {peaks}"
+
+
+def test_a_text_in_parts_is_one_document_with_the_ids_of_the_whole(tmp_path: Path, letters, monkeypatch) -> None:
+    text = "".join(f"word {i} and " for i in range(4000))
+    parts = [text[i : i + 7_000] for i in range(0, len(text), 7_000)]
+
+    class Reader:
+        def read(self, source):
+            given = parts if source.name == "parts" else [text]
+            return (
+                Record(value=part, source=source.name, continues=i < len(given) - 1) for i, part in enumerate(given)
+            )
+
+    monkeypatch.setattr(encode_module, "TAIL", 1_000)
+    monkeypatch.setattr(building_module, "BATCH", 10_000)
+    for prefix in (True, False):
+        found = []
+        for name in ("parts", "whole"):
+            sources = Sources(path="m", sources=(Source(path=name, name=name), Source(path="end", name="end")))
+            documents = Documents(
+                sources, lambda s: Reader(), lambda r: Document(segments=(Segment(r.value),), source=r.source)
+            )
+            found.append(open_or_build(tmp_path / name, KEY, documents, letters(prefix=prefix)))
+        for name in ("tokens", "trained", "documents", "contents"):
+            assert np.array_equal(getattr(found[0], name), getattr(found[1], name))
+        assert (len(found[0]), found[0].counts.records) == (2, 2)
 
 
 def test_two_builders_agree(tmp_path: Path, memory, letters) -> None:
     """The second finds the first's store in place at its rename."""
 
     class Racing(Documents):
-        def walk(self, progress=None):
+        def walk(self, progress=None, tell=None):
             open_or_build(tmp_path, KEY, memory(VALUES), letters())
-            return super().walk(progress)
+            return super().walk(progress, tell)
 
     sources = Sources(path="m", sources=tuple(Source(path=n, name=n) for n in VALUES))
     plain = memory(VALUES)
-    racing = Racing(sources, lambda s: plain._known[0][1], plain._extract)
+    racing = Racing(sources, lambda s: next(plain.known())[1], plain._extract)
     assert contents(open_or_build(tmp_path, KEY, racing, letters())) == contents(
         open_or_build(tmp_path / "other", KEY, memory(VALUES), letters())
     )

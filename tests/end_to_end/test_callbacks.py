@@ -42,7 +42,7 @@ def test_a_phase_is_over_once_and_only_when_its_work_is(go):
 
         @hookimpl
         def make(self, texts, vocab_size):
-            tokenizer = Bpe(size=vocab_size).make(texts, vocab_size)
+            tokenizer = Bpe(size=vocab_size).make(texts, vocab_size, None)
             assert over == ["hashing the documents", "reading"]
             return tokenizer
 

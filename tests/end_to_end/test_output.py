@@ -216,7 +216,7 @@ def test_a_tokenizer_that_now_makes_another_vocabulary_is_refused(go):
 
         @hookimpl
         def make(self, texts, vocab_size):
-            return Bpe(size=vocab_size).make(lambda: [*texts(), *taught], vocab_size)
+            return Bpe(size=vocab_size).make(lambda: [*texts(), *taught], vocab_size, None)
 
     with pytest.raises(Stop):
         go("tokenizer=learned", tokenizers={"learned": Learned}, callbacks=[StopAt(step=4)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 
@@ -23,10 +24,19 @@ VALUES = ["first", {"text": "één"}, 3, None, [1, {"deep": [True]}], {"input": 
 
 class TestTxt(ReaderContract):
     component = Txt()
-    files = {"a.txt": TEXT.encode(), "deep/B.TXT": b"\xef\xbb\xbfmarked", "blank.txt": b""}
-    records = {"a.txt": [TEXT], "deep/B.TXT": ["marked"], "blank.txt": [""]}
-    refused = {"a.text": b"text", "txt": b"text", "a.txt.gz": b"\x1f\x8b"}
-    broken = {"bad.txt": b"ab\nc\xffd", "wide.txt": "hello".encode("utf-16")}
+    files = {"a.txt": TEXT.encode(), "deep/B.TXT": b"\xef\xbb\xbfmarked", "blank.txt": b""} | {
+        "wide.txt": "hello".encode("utf-16"),
+        "a.txt.gz": gzip.compress(b"hello"),
+    }
+    records = {
+        "a.txt": [TEXT],
+        "deep/B.TXT": ["marked"],
+        "blank.txt": [""],
+        "wide.txt": ["hello"],
+        "a.txt.gz": ["hello"],
+    }
+    refused = {"a.text": b"text", "txt": b"text", "a.gz": b"\x1f\x8b"}
+    broken = {"bad.txt": b"ab\nc\xffd", "cut.txt.gz": gzip.compress(b"hello")[:-9]}
 
 
 class TestTxtInLatin1(ReaderContract):

@@ -197,3 +197,16 @@ def test_a_word_keeps_its_space_and_numbers_are_short(bpe: BpeTokenizer) -> None
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     words = [w for w, _ in split.pre_tokenize_str("Don't  stop: 123456 हिन्दी\n\n  x = y")]
     assert words == ["Don", "'t", " ", " stop", ":", " ", "123", "456", " हिन्दी", "\n\n", " ", " x", " =", " y"]
+
+
+def test_what_was_kept_is_opened_instead_of_made_again(tmp_path: Path) -> None:
+    def never() -> list[str]:
+        raise AssertionError("the texts are read again")
+
+    component = Bpe(size=400)
+    made = component.make(lambda: ["some words and some more words " * 9], 400, tmp_path)
+    again = component.make(never, 400, tmp_path)
+    assert again.fingerprint == made.fingerprint
+    assert again.encode(["more words <|pad|>"]) == made.encode(["more words <|pad|>"])
+    assert (again.prefix_ids, again.end_id, again.vocab_size) == (made.prefix_ids, made.end_id, 400)
+    assert component.make(lambda: ["other words"], 400, None).fingerprint != made.fingerprint

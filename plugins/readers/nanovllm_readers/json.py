@@ -1,138 +1,211 @@
-"""JSON files: an array of records or a single record; JSON Lines: one line, one record. Strict (`strict.py`), UTF-8.
+"""JSON files: an array of records or a single record; JSON Lines: one line, one record. Strict (`strict.py`).
 
-A `.jsonl` file is read line by line. A `.json` file is held in memory as text, but its array is parsed record by
-record, so that what the records cost is not added to that.
+Both are streams: memory holds one record and a piece, also of an array that is all one line. A broken record is yielded
+as Damage, and reading goes on: in JSON Lines with the next line; in an array behind the record's last bracket, as long as
+its quotes and brackets are in order and a comma or the array's end follows, else the rest of the file is left out with it.
 """
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator
+from typing import BinaryIO
 
-from attrs import frozen
+from attrs import field, frozen
 
-from nanovllm_core.contracts import Accept, Record, Refuse, Source, Verdict
-from nanovllm_core.errors import DataError
+from nanovllm_core.contracts import Accept, Damage, Record, Refuse, Source, Verdict
+from nanovllm_core.data.opening import Opened, Undecodable, content_name, opened
 from nanovllm_core.hookspecs import hookimpl
+from nanovllm_core.options import at_least
 from nanovllm_readers.strict import Problem, parse, skip_space
+from nanovllm_readers.window import Window
 
 LINES = (".jsonl", ".ndjson")
+LIMIT = 1 << 30  # the text of a record; parsed, it takes about three times that
+PIECE = 1 << 20  # bytes of a line read at once
 
 
 @frozen(kw_only=True, eq=False)
 class Json:
-    """JSON files (.json): an array of records, or one record."""
+    """JSON files (.json, also .gz or .zst): an array of records, or one record.
+
+    max_record: characters; a longer record is refused, because a record is held in memory
+    """
+
+    max_record: int = field(default=LIMIT, validator=at_least(1))
 
     @hookimpl
     def probe(self, source: Source) -> Verdict:
         """By the file's name."""
-        if source.exists and source.name.lower().endswith(".json"):
+        if source.exists and content_name(source.name).endswith(".json"):
             return Accept(why=".json file")
         return Refuse("not a .json file")
 
     @hookimpl
-    def read(self, source: Source) -> Iterator[Record]:
-        """The array's elements, or the one value. Raises DataError at what is no strict JSON."""
-        return _whole(source)
+    def read(self, source: Source) -> Iterator[Record | Damage]:
+        """The array's elements, or the one value; Damage for what is no strict JSON."""
+        return _whole(source, self.max_record)
 
 
 @frozen(kw_only=True, eq=False)
 class Jsonl:
-    """JSON Lines files (.jsonl, .ndjson): one line, one record; blank lines are left out."""
+    """JSON Lines files (.jsonl, .ndjson, also .gz or .zst): one line, one record; blank lines are left out.
+
+    max_record: bytes; a longer line is refused, because a record is held in memory
+    """
+
+    max_record: int = field(default=LIMIT, validator=at_least(1))
 
     @hookimpl
     def probe(self, source: Source) -> Verdict:
         """By the file's name."""
-        if source.exists and source.name.lower().endswith(LINES):
+        if source.exists and content_name(source.name).endswith(LINES):
             return Accept(why="JSON Lines file")
         return Refuse(f"not a {' or '.join(LINES)} file")
 
     @hookimpl
-    def read(self, source: Source) -> Iterator[Record]:
-        """One record a line. Raises DataError at what is no strict JSON."""
-        return _lines(source)
+    def read(self, source: Source) -> Iterator[Record | Damage]:
+        """One record a line; Damage for a line that is no strict JSON."""
+        return _lines(source, self.max_record)
 
 
-def _lines(source: Source) -> Iterator[Record]:
-    byte, index = 0, 0
-    with open(source.path, "rb") as file:
-        for number, raw in enumerate(file, 1):  # binary files break at \n alone
-            begin, byte = byte, byte + len(raw)
-            if number == 1 and raw.startswith(codecs.BOM_UTF8):
-                raw, begin = raw[len(codecs.BOM_UTF8) :], begin + len(codecs.BOM_UTF8)
-            text = _decode(source, raw.rstrip(b"\r\n"), number, begin)
-            start = skip_space(text, 0)
-            if start == len(text):
-                continue
+# ---------------------------------------------------------------- JSON Lines
+
+
+def _lines(source: Source, limit: int) -> Iterator[Record | Damage]:
+    with opened(source) as content:
+        byte, index = content.start, 0
+        for number, (raw, size) in enumerate(_raw_lines(content, limit), 1):
+            begin, byte = byte, byte + size
+            at, reason = begin, ""
             try:
-                value, end = parse(text, start)
-                if (rest := skip_space(text, end)) < len(text):
-                    raise Problem(rest, "more follows after the line's record; JSON Lines has one record a line")
+                if len(raw) < size:
+                    at, reason = begin, f"a line of {size:,} bytes; `max_record` on the jsonl reader allows more"
+                else:
+                    text = raw.decode(content.codec).rstrip("\r\n")
+                    if (start := skip_space(text, 0)) == len(text):
+                        continue
+                    at = begin + _bytes(text[:start], content.codec)
+                    value, end = parse(text, start)
+                    if (rest := skip_space(text, end)) < len(text):
+                        raise Problem(rest, "more follows after the line's record; JSON Lines has one record a line")
+            except UnicodeDecodeError as e:
+                at, reason = begin + e.start, f"not valid {content.codec} ({e.reason})"
             except Problem as e:
-                at = begin + len(text[: e.position].encode("utf-8", "surrogatepass"))
-                raise DataError(f"{source.name}:{number}:{at}: {e.reason}") from e
-            yield Record(value=value, source=source.name, line=number, index=index, byte=begin + start)
+                at, reason = begin + _bytes(text[: e.position], content.codec), e.reason
+            if reason:
+                yield Damage(source=source.name, reason=reason, line=number, index=index, byte=at)
+            else:
+                yield Record(value=value, source=source.name, line=number, index=index, byte=at)
             index += 1
 
 
-def _whole(source: Source) -> Iterator[Record]:
-    with open(source.path, "rb") as file:
-        raw = file.read()
-    skip = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
-    text = _decode(source, raw[skip:] if skip else raw, 1, skip)
-    ascii_only = len(text) == len(raw) - skip
-    done, byte = 0, skip  # characters so far and the byte where they end
+def _bytes(text: str, codec: str) -> int:
+    return len(text.encode(codec, "surrogatepass"))
 
-    def to_byte(position: int) -> int:
-        nonlocal done, byte
-        if ascii_only:
-            return skip + position
-        byte += len(text[done:position].encode("utf-8"))
-        done = position
-        return byte
 
+def _raw_lines(content: Opened, limit: int) -> Iterator[tuple[bytes, int]]:
+    """Each line with its end, and its size; a line longer than `limit` comes empty."""
+    parts: list[bytes] = []
+    size = 0
+    for part, ended in _by_newline(content.file) if content.unit == 1 else _by_wide_newline(content):
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        if ended:
+            yield b"".join(parts) if size <= limit else b"", size
+            parts, size = [], 0
+
+
+def _by_newline(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """Pieces of lines, and whether the line ends there."""
+    while piece := file.readline(PIECE):
+        yield piece, piece.endswith(b"\n")
+    yield b"", True
+
+
+def _by_wide_newline(content: Opened) -> Iterator[tuple[bytes, bool]]:
+    newline, unit, buffer = "\n".encode(content.codec), content.unit, b""
+    while piece := content.file.read(PIECE):
+        buffer += piece
+        begin = at = 0
+        while (at := buffer.find(newline, at)) >= 0:
+            if at % unit:  # two characters that share the bytes
+                at += 1
+            else:
+                at += unit
+                yield buffer[begin:at], True
+                begin = at
+        whole = max(begin, len(buffer) - len(buffer) % unit)
+        if begin < whole:
+            yield buffer[begin:whole], False
+        buffer = buffer[whole:]
+    yield buffer, True
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def _whole(source: Source, limit: int) -> Iterator[Record | Damage]:
+    with opened(source) as content:
+        window = Window(content, limit)
+        index = 0
+        try:
+            for found in _values(window):
+                if isinstance(found, _Broken):
+                    yield Damage(source=source.name, reason=found.reason, line=found.line, index=index, byte=found.byte)
+                else:
+                    yield Record(value=found[0], source=source.name, index=index, byte=found[1])
+                index += 1
+        except (_Broken, Undecodable) as e:
+            yield Damage(source=source.name, reason=e.reason, line=e.line, index=index, byte=e.byte, last=True)
+
+
+class _Broken(Exception):
+    """A Problem with its place in the file, which the window that slides on forgets."""
+
+    def __init__(self, window: Window, problem: Problem) -> None:
+        super().__init__(problem.reason)
+        self.reason, self.byte, self.line = problem.reason, window.byte(problem.position), window.line(problem.position)
+
+
+def _values(window: Window) -> Iterator[tuple[object, int] | _Broken]:
+    """The records with the byte where each begins, and what stands in place of one. Raises _Broken when that is all."""
     try:
-        for index, (value, position) in enumerate(_elements(text)):
-            yield Record(value=value, source=source.name, index=index, byte=to_byte(position))
+        if not (first := window.space()):
+            raise Problem(window.position, "the file is empty; a .json file holds an array of records or one record")
+        if first != "[":
+            yield window.value()
+            what = "value"
+        else:
+            what = "array"
+            window.position += 1
+            mark = window.space()
+            while mark != "]":
+                yield _element(window)
+                mark = window.space()
+                if mark not in (",", "]"):  # also at the end, which is ""
+                    raise Problem(window.position, "expecting ',' or ']' after a record of the array")
+                if mark == ",":
+                    window.position += 1
+                    window.space()
+            window.position += 1
+        if window.space():
+            raise Problem(
+                window.position, f"more follows after the file's {what}; if each line is a record, name the file .jsonl"
+            )
     except Problem as e:
-        at = to_byte(e.position)
-        line = raw.count(b"\n", 0, at) + 1
-        raise DataError(f"{source.name}:{line}:{at}: {e.reason}") from e
+        raise _Broken(window, e) from e
 
 
-def _elements(text: str) -> Iterator[tuple[object, int]]:
-    """The records of a `.json` text with the character where each begins. Raises Problem."""
-    start = skip_space(text, 0)
-    if start == len(text):
-        raise Problem(start, "the file is empty; a .json file holds an array of records or one record")
-    if text[start] != "[":
-        value, end = parse(text, start)
-        yield value, start
-        if (rest := skip_space(text, end)) < len(text):
-            raise Problem(rest, "more follows after the file's value; if each line is a record, name the file .jsonl")
-        return
-    position = skip_space(text, start + 1)
-    if text[position : position + 1] == "]":
-        position += 1
-    else:
-        while True:
-            value, end = parse(text, position)
-            yield value, position
-            position = skip_space(text, end)
-            mark = text[position : position + 1]
-            if mark not in (",", "]"):
-                raise Problem(position, "expecting ',' or ']' after a record of the array")
-            position += 1
-            if mark == "]":
-                break
-            position = skip_space(text, position)
-    if (rest := skip_space(text, position)) < len(text):
-        raise Problem(rest, "more follows after the file's array; if each line is a record, name the file .jsonl")
-
-
-def _decode(source: Source, raw: bytes, line: int, byte: int) -> str:
+def _element(window: Window) -> tuple[object, int] | _Broken:
+    """The next value; what is wrong with it, where the end can be told; else raises _Broken."""
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as e:
-        line += raw.count(b"\n", 0, e.start)
-        raise DataError(f"{source.name}:{line}:{byte + e.start}: not valid UTF-8 ({e.reason}); JSON is UTF-8") from e
+        return window.value()
+    except Problem as e:
+        broken = _Broken(window, e)
+    try:
+        if window.skip() and window.space() in (",", "]"):
+            return broken
+    except Undecodable:
+        pass
+    raise broken

@@ -14,18 +14,20 @@ import re
 from typing import Any
 
 DEPTH = 64  # nested arrays and objects
+MARGIN = 16  # characters; nothing that the end of a text can cut in two is longer, but for strings
 SPACE = re.compile(r"[ \t\n\r]*")
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}:,]|[^\s\[\]{}:,"]+', re.DOTALL)
+_PART = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]|[^\[\]{},"]+', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CONSTANTS = ("NaN", "Infinity", "-Infinity")
 
 
 class Problem(Exception):
-    """What is wrong, and at which character."""
+    """What is wrong, and at which character; `open` when text that is still to come might mend it."""
 
-    def __init__(self, position: int, reason: str) -> None:
+    def __init__(self, position: int, reason: str, *, open: bool = False) -> None:
         super().__init__(reason)
-        self.position, self.reason = position, reason
+        self.position, self.reason, self.open = position, reason, open
 
 
 class _Unlocated(ValueError):
@@ -52,19 +54,43 @@ def skip_space(text: str, start: int) -> int:
     return found.end() if found else start
 
 
-def parse(text: str, start: int = 0) -> tuple[Any, int]:
-    """The JSON value that begins at `start`, and where it ends. Raises Problem."""
+def parse(text: str, start: int = 0, *, final: bool = True) -> tuple[Any, int]:
+    """The JSON value that begins at `start`, and where it ends. Raises Problem. `final`: no more text is to come."""
     try:
         value, end = _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as e:
+        if not final and (e.pos > len(text) - MARGIN or e.msg.startswith("Unterminated string")):
+            raise Problem(e.pos, e.msg, open=True) from e
         early = _locate(text, start, e.pos)  # what stands before may be worse than where the parser stopped
         raise early or Problem(e.pos, _plain(e.msg)) from e
     except (ValueError, RecursionError) as e:
+        if not final and text[-1].isdigit():  # perhaps an integer that goes on
+            raise Problem(start, str(e), open=True) from e
         raise _locate(text, start, len(text)) or Problem(start, str(e)) from e
+    if end + len("e+") >= len(text) and not final:  # perhaps a number that goes on
+        raise Problem(start, "the text ends with the value", open=True)
     deep = text.count("[", start, end) + text.count("{", start, end) > DEPTH
     if (deep or _SURROGATE.search(text, start, end)) and not _sound(value) and (found := _locate(text, start, end)):
         raise found
     return value, end
+
+
+def skip(text: str, start: int) -> int | None:
+    """Where the value ends that begins at `start` and `parse` refused; None where quotes and brackets do not tell."""
+    open_: list[str] = []
+    position = start
+    while found := _PART.match(text, position):
+        word, position = found.group(), found.end()
+        if word in "[{":
+            open_.append("]" if word == "[" else "}")
+        elif word in "]},":
+            if not open_:
+                return found.start() if word != "}" else None
+            if word != "," and open_.pop() != word:
+                return None
+            if not open_:
+                return position
+    return None
 
 
 def _plain(message: str) -> str:

@@ -1,6 +1,7 @@
 """Plain text: one file, one document, its characters untouched (line ends included).
 
-The whole file is held in memory while it is read: one file is one document, and a document is one string.
+A file of some megabytes is one record. A longer one comes in parts, so that its size does not matter; for that it is
+read twice, because none of it may be given out before all of it is known to be text.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 from attrs import field, frozen
 
 from nanovllm_core.contracts import Accept, Record, Refuse, Source, Verdict
+from nanovllm_core.data.opening import Opened, Text, Undecodable, content_name, opened
 from nanovllm_core.errors import DataError
 from nanovllm_core.hookspecs import hookimpl
 
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+PART = 1 << 22  # bytes of a record
 
 
 def _is_text_encoding(instance: Any, attribute: Any, value: object) -> None:
@@ -29,9 +31,9 @@ def _is_text_encoding(instance: Any, attribute: Any, value: object) -> None:
 
 @frozen(kw_only=True, eq=False)
 class Txt:
-    """Plain text files (.txt), one document each.
+    """Plain text files (.txt, also .gz or .zst), one document each.
 
-    encoding: of the files, by Python's name for it; a byte order mark before UTF-8 is dropped
+    encoding: of the files, by Python's name for it; with utf-8 a byte order mark makes a file UTF-16 or UTF-32
     """
 
     encoding: str = field(default="utf-8", validator=_is_text_encoding)
@@ -39,30 +41,37 @@ class Txt:
     @hookimpl
     def probe(self, source: Source) -> Verdict:
         """By the file's name."""
-        if source.exists and source.name.lower().endswith(".txt"):
+        if source.exists and content_name(source.name).endswith(".txt"):
             return Accept(why=".txt file")
         return Refuse("not a .txt file")
 
     @hookimpl
     def read(self, source: Source) -> Iterator[Record]:
-        """The file as one string record. Raises DataError where it does not decode."""
+        """The file as one string record, or the parts of one. Raises DataError where it does not decode."""
         return self._records(source)
 
     def _records(self, source: Source) -> Iterator[Record]:
-        with open(source.path, "rb") as file:
-            data = file.read()
-        utf8 = codecs.lookup(self.encoding).name == "utf-8"
-        skip = len(codecs.BOM_UTF8) if utf8 and data.startswith(codecs.BOM_UTF8) else 0
         try:
-            text = data[skip:].decode(self.encoding)
-            text.encode("utf-8")  # some encodings can spell lone surrogates, which are no text
-        except UnicodeDecodeError as e:
-            byte = e.start + skip
-            line = data.count(b"\n", 0, byte) + 1
-            hint = "; save the file as UTF-8, or set `encoding` on the txt reader (e.g. latin-1)" if utf8 else ""
-            if data.startswith(UTF16):
-                hint = "; it looks like UTF-16: set `encoding: utf-16` on the txt reader"
-            raise DataError(f"{source.name}:{line}:{byte}: not valid {self.encoding} ({e.reason}){hint}") from e
-        except UnicodeEncodeError as e:
-            raise DataError(f"{source.name}: holds half of a surrogate pair, which is no character ({e.reason})") from e
-        yield Record(value=text, source=source.name, byte=skip)
+            with opened(source, self.encoding) as content:
+                text, start = Text(content), content.start
+                first = text.read(PART)
+                if not (more := text.read(PART)):
+                    yield Record(value=first, source=source.name, byte=start)
+                    return
+                while more:
+                    more = text.read(PART)
+            with opened(source, self.encoding) as content:
+                yield from _parts(content, source.name)
+        except Undecodable as e:
+            plain = codecs.lookup(self.encoding).name == "utf-8"
+            hint = "; save the file as UTF-8, or set `encoding` on the txt reader (e.g. latin-1)" if plain else ""
+            raise DataError(f"{source.name}:{e.line}:{e.byte}: {e.reason}{hint}") from e
+
+
+def _parts(content: Opened, name: str) -> Iterator[Record]:
+    text = Text(content)
+    byte, part = text.byte, text.read(PART)
+    while part:
+        next_byte, after = text.byte, text.read(PART)
+        yield Record(value=part, source=name, byte=byte, continues=bool(after))
+        byte, part = next_byte, after

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
@@ -23,6 +24,10 @@ from nanovllm_core.hookspecs import hookimpl
 from nanovllm_core.options import between
 from nanovllm_tokenizers.fast import FastTokenizer
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+FILE = "tokenizer.json"
 END, PAD = "<|endoftext|>", "<|pad|>"
 SMALLEST = 258  # 256 bytes, END, PAD
 AUTO = (512, 32768)  # bounds of a size chosen from the data
@@ -58,9 +63,16 @@ class Bpe:
         return Decision(size, f"the largest power of two up to 4 x sqrt of {data_bytes:,} bytes ({wanted:,.0f}){bound}")
 
     @hookimpl
-    def make(self, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
-        """Train on the texts. The result has exactly `vocab_size` ids."""
-        return train(texts(), vocab_size)
+    def make(self, texts: Callable[[], Iterable[str]], vocab_size: int, kept: Path | None) -> Tokenizer:
+        """What was kept, or a vocabulary trained on the texts. The result has exactly `vocab_size` ids."""
+        if kept and (file := kept / FILE).is_file():
+            from tokenizers import Tokenizer as Backend
+
+            return _tokenizer(Backend.from_file(str(file)))
+        made = train(texts(), vocab_size)
+        if kept:
+            made.save(kept)
+        return made
 
 
 def train(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
@@ -90,6 +102,11 @@ def train(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     backend.post_processor = processors.TemplateProcessing(
         single=f"{END} $A", pair=f"{END} $A {END} $B", special_tokens=[(END, end)]
     )
+    return _tokenizer(backend)
+
+
+def _tokenizer(backend: Backend) -> BpeTokenizer:
+    end = backend.token_to_id(END)
     return BpeTokenizer(backend, prefix_ids=(end,), end_id=end)
 
 
@@ -134,7 +151,7 @@ class BpeTokenizer(FastTokenizer):
         }
         with self._lock:
             self.backend.encode_special_tokens = False
-            (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), "utf-8")
+            (folder / FILE).write_text(self.backend.to_str(pretty=True), "utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     @cached_property
