@@ -95,7 +95,7 @@ def test_a_document_a_device_and_a_version(folder, lock):
 
 
 def test_a_named_model_counts_by_its_content_not_by_its_place(go, folder, lock):
-    out, _ = go()
+    out, _ = go("train.max_steps=1", "generate.prompts=[]")
     shutil.copytree(out, folder / "first")
     shutil.copytree(out, folder / "second")
     tuned = ("tokenizer=auto", "output_dir=tuned")
