@@ -88,11 +88,12 @@ def test_the_same_recipe_in_other_words_is_the_same_run(go, folder):
 def test_another_reading_of_the_same_files_is_another_run(go, folder):
     (folder / "docs" / "accent.txt").write_text("the café by the river " * 30, encoding="utf-8")
     out, _ = go()
-    first = {p.name for p in (out / "tokens").iterdir()}
+    stores = lambda: {p.name for p in (out / "tokens").iterdir() if not p.name.startswith("tokenizer-")}  # noqa: E731
+    first = stores()
     _, watch = go("data.readers=[{use: txt, encoding: latin-1}, json, jsonl]")
     assert watch.said("previous/1")
     assert {"reading", "tokenising"} <= watch.phases
-    second = {p.name for p in (out / "tokens").iterdir()}
+    second = stores()
     assert len(second) == 1
     assert first != second
 

@@ -18,8 +18,8 @@ from nanovllm_core import Machine, Recipe, Registry, hookimpl, make_plan, run
 
 class Kill:
     @hookimpl
-    def step_done(self, step):
-        if step == 3:
+    def checkpoint_saved(self, step):
+        if step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
 recipe = Recipe.load(sys.argv[1], sets=["output_dir=killed", "callbacks=[metrics]"])
@@ -117,7 +117,7 @@ def test_resuming_is_bit_for_bit_the_unbroken_run(go, kept):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(go, folder):
-    """SIGKILL to a real process after its third step, one after the checkpoint."""
+    """SIGKILL to a real process some step after its first checkpoint, as soon as that is whole."""
     out, whole = go()
     want = weights(out)
     done = subprocess.run([sys.executable, "-c", KILLED, folder / "recipe.yaml"], timeout=300)
