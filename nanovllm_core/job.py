@@ -73,7 +73,7 @@ class Job:
         if state is not None:
             self.say_going_on(state, trainer, settings)
         saver = self.train(trainer, found)
-        if trainer.before:
+        if "eval_perplexity" in trainer.before and "eval_perplexity" in trainer.metrics:
             self.events.note(
                 text=f"held-out perplexity: {trainer.before['eval_perplexity']:,.2f} before, "
                 f"{trainer.metrics['eval_perplexity']:,.2f} after"
@@ -200,7 +200,6 @@ class Job:
             shutil.rmtree(folder, ignore_errors=True)
             return
         best = ModelFolder.open(self.folder / saver.best)
-        folder.mkdir(exist_ok=True)
         weights = ((name, best.tensor(name)) for name in best.names())
         export(folder, weights, self.config, self.corpus.tokenizer, self.shape.dtype)
         self.events.note(

@@ -57,7 +57,8 @@ class Metrics:
         if path is None:
             return
         if not self._open.begun:  # a resumed run takes its later steps again: drop what they said before
-            _keep_before(path, line)
+            with writing(path):
+                _keep_before(path, line)
             self._open.begun = True
         with writing(path), path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
