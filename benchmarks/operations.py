@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-NAMED = {"os.remove": 1, "os.mkdir": 2, "os.rmdir": 1, "os.chmod": 2, "os.truncate": None, "shutil.rmtree": 1}
+NAMED = {"os.remove": 1, "os.mkdir": 2, "os.rmdir": 1, "os.chmod": 2, "os.truncate": None}
 """Event -> where its arguments hold the folder's handle that its path is relative to."""
 
 

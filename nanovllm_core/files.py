@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from nanovllm_core.errors import OutputError
 
 MANIFEST = "manifest.json"
-MANIFEST_BYTES = 16 << 20  # far above any real one
+JSON_BYTES = 16 << 20  # of a file of ours: far above any real one
 LOCK = "plan.lock.json"  # what tells a run's output folder from others
 
 
@@ -70,7 +71,16 @@ def recover(folder: Path) -> None:
         os.replace(old, folder)
         sync(folder.parent)
     for left in (old, partial):
-        shutil.rmtree(left, ignore_errors=True)
+        discard(left)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder as far as it can be removed; of a link, the link alone."""
+    if path.is_symlink():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _aside(folder: Path) -> tuple[Path, Path]:
@@ -86,9 +96,7 @@ def damage(folder: Path, holding: Iterable[str] = ()) -> str | None:
     if reason := _no_file(folder, MANIFEST):
         return reason
     try:
-        if (size := (folder / MANIFEST).stat().st_size) > MANIFEST_BYTES:
-            return f"{MANIFEST} has {size:,} bytes"
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         for name in holding:
             if name not in manifest:
                 return f"{MANIFEST} does not name {name}"
@@ -102,9 +110,21 @@ def damage(folder: Path, holding: Iterable[str] = ()) -> str | None:
                 return f"{name} has changed since it was written"
     except OSError as e:
         return f"{Path(e.filename or MANIFEST).name} cannot be read ({e.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         return f"{MANIFEST} cannot be read ({type(e).__name__})"
     return None
+
+
+def read_json(path: Path) -> Any:
+    """What a small file of ours holds. Raises OSError, or ValueError for a link, a pipe, a device and what is no JSON."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError("it is no plain file")
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _no_file(folder: Path, name: str) -> str | None:

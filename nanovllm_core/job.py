@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ class Job:
         export(folder, weights, self.config, self.corpus.tokenizer, self.shape.dtype)
         self.events.note(
             text=f"the held-out loss was lowest at step {saver.best.partition('-')[2]} ({saver.best_loss:.4f}, now "
-            f"{trainer.metrics['eval_loss']:.4f}): that model is in {folder}"
+            f"{trainer.metrics.get('eval_loss', math.nan):.4f}): that model is in {folder}"
         )
 
     def generate(self, model: Parallelized) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from attrs import frozen
 
 from nanovllm_core.errors import OutputError
-from nanovllm_core.files import LOCK, make_folder, replace_text, sync, writing
+from nanovllm_core.files import LOCK, make_folder, read_json, replace_text, sync, writing
 from nanovllm_core.plan import PREVIOUS
 from nanovllm_core.training.checkpoint import State, newest
 
@@ -131,7 +131,7 @@ def _owner(folder: Path) -> str | None:
 def locked_by(folder: Path) -> str | None:
     """The identity in the folder's lock; None without a lock that can be read."""
     try:
-        return str(json.loads((folder / LOCK).read_text(encoding="utf-8"))["identity"])
+        return str(read_json(folder / LOCK)["identity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -152,7 +152,7 @@ def mark_finished(folder: Path, step: int, length: dict[str, Any], files: Iterab
 def finished(folder: Path) -> tuple[int, dict[str, Any]] | None:
     """Step of the finished model and the length that was asked for; None when there is none, or not all of it."""
     try:
-        note = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+        note = read_json(folder / FINISHED)
         whole = all((folder / name).stat().st_size == size for name, size in note["files"].items())
         return (int(note["step"]), dict(note["length"])) if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

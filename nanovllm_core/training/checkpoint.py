@@ -14,7 +14,6 @@ import base64
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -27,13 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanovllm_core.errors import CheckpointError
-from nanovllm_core.files import damage, recover, writing, written_whole
+from nanovllm_core.files import damage, discard, read_json, recover, writing, written_whole
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 FORMAT = 2
 STATE, WEIGHTS, MOMENTS = "state.json", "model.safetensors", "optimizer.safetensors"
 REQUIRED = (STATE, WEIGHTS, MOMENTS)
-STATE_BYTES = 16 << 20  # far above any real one
 
 
 @frozen(kw_only=True)
@@ -129,7 +127,7 @@ def newest(root: Path, tell: Callable[[str], None], identity: str | None = None)
     """
     with writing(root):
         for left in root.glob(".checkpoint-*.gone"):
-            shutil.rmtree(left, ignore_errors=True)
+            discard(left)
         for left in list(root.glob(".checkpoint-*")):
             if FOLDER.fullmatch(name := Path(left.name[1:]).stem):
                 recover(root / name)
@@ -152,13 +150,16 @@ def best(root: Path, last: int) -> tuple[Path, float] | None:
         loss = state.metrics.get("eval_loss", math.nan)
         if step <= last and state.evaluated and not math.isnan(loss):
             losses.append((loss, step, folder))
-    return next(((folder, loss) for loss, _, folder in sorted(losses) if not damage(folder, REQUIRED)), None)
+    whole = ((folder, loss) for loss, _, folder in sorted(losses) if not damage(folder, REQUIRED))
+    return next(whole, None)
 
 
 def numbered(root: Path) -> list[tuple[int, Path]]:
     """Step and folder of each checkpoint by name, sound or not, in order."""
     return sorted(
-        (int(m.group(1)), p) for p in root.glob("checkpoint-*") if (m := FOLDER.fullmatch(p.name)) and p.is_dir()
+        (int(m.group(1)), p)
+        for p in root.glob("checkpoint-*")
+        if (m := FOLDER.fullmatch(p.name)) and (p.is_symlink() or p.is_dir())
     )
 
 
@@ -174,11 +175,10 @@ def sound(folder: Path, identity: str | None) -> State:
 
 def read_state(folder: Path) -> State:
     """A checkpoint's `state.json`. Raises CheckpointError when it holds anything that `save` does not write."""
-    path = folder / STATE
     try:
-        if folder.is_symlink() or path.is_symlink() or not path.is_file() or path.stat().st_size > STATE_BYTES:
-            raise ValueError("it is no file of that kind")
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if folder.is_symlink():
+            raise ValueError("the folder is a link")
+        data: dict[str, Any] = read_json(folder / STATE)
         if (written := data.get("format")) != FORMAT:
             raise CheckpointError(f"{folder.name} has format {str(written)[:60]}, this version reads {FORMAT}")
         for field in fields(State):
@@ -187,7 +187,7 @@ def read_state(folder: Path) -> State:
         state = State(**data)
         if folder.name != f"checkpoint-{state.step}":
             raise ValueError(f"step is {state.step}")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{folder.name} is damaged ({STATE} cannot be used: {e})") from e
     return state
 

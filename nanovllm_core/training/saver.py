@@ -23,7 +23,7 @@ from pathlib import Path
 from attrs import define, field
 
 from nanovllm_core.errors import OutputError
-from nanovllm_core.files import replace_text, sync, writing
+from nanovllm_core.files import discard, replace_text, sync, writing
 from nanovllm_core.training.checkpoint import Snapshot, State, best, numbered, save
 
 POINTERS = "checkpoints.json"
@@ -128,7 +128,7 @@ class Saver:
             gone = path.with_name(f".{path.name}{GONE}")
             path.replace(gone)  # at once, so that a kill leaves no half of it under the name
             sync(self.root)
-            shutil.rmtree(gone, ignore_errors=True)
+            discard(gone)
 
 
 def room_needed(root: Path, *, size: int, exported: int, limit: int | None, saves: int) -> None:
