@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from nanovllm_core.errors import OutputError, nearest
 
 MANIFEST = "manifest.json"
+JSON_BYTES = 16 << 20  # of a file of ours: far above any real one
 LOCK = "plan.lock.json"  # what tells a run's output folder from others
 
 
@@ -69,7 +71,16 @@ def recover(folder: Path) -> None:
         os.replace(old, folder)
         sync(folder.parent)
     for left in (old, partial):
-        shutil.rmtree(left, ignore_errors=True)
+        discard(left)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder as far as it can be removed; of a link, the link alone."""
+    if path.is_symlink():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _aside(folder: Path) -> tuple[Path, Path]:
@@ -77,23 +88,57 @@ def _aside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.old"), folder.with_name(f".{folder.name}.partial")
 
 
-def damage(folder: Path) -> str | None:
-    """Why a folder written by `written_whole` cannot be trusted; None when every byte is as it was written."""
+def damage(folder: Path, holding: Iterable[str] = ()) -> str | None:
+    """Why a folder written by `written_whole` cannot be trusted; None when every byte is as it was written.
+
+    `holding`: names that the manifest must have. Nothing outside the folder is read, whatever the manifest or links say.
+    """
+    if reason := _no_file(folder, MANIFEST):
+        return reason
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
+        for name in holding:
+            if name not in manifest:
+                return f"{MANIFEST} does not name {name}"
         for name, told in manifest.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != told["size"]:
-                return f"{name} has {path.stat().st_size} bytes, {told['size']} were written"
-            if digest(path) != told["sha256"]:
+            size, sha256 = told["size"], told["sha256"]
+            if reason := _no_file(folder, name):
+                return reason
+            if (folder / name).stat().st_size != size:
+                return f"{name} has {(folder / name).stat().st_size} bytes, {size} were written"
+            if digest(folder / name) != sha256:
                 return f"{name} has changed since it was written"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except OSError as e:
+        return f"{Path(e.filename or MANIFEST).name} cannot be read ({e.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         return f"{MANIFEST} cannot be read ({type(e).__name__})"
     return None
+
+
+def read_json(path: Path) -> Any:
+    """What a small file of ours holds. Raises OSError, or ValueError for a link, a pipe, a device and what is no JSON."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError("it is no plain file")
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_file(folder: Path, name: str) -> str | None:
+    """Why `name` is no file of the folder's own; None when it is. A link is none: it may lead anywhere."""
+    root = folder.resolve()
+    path = root / name
+    try:
+        if path.resolve() != path or root not in path.parents:
+            return f"{name} is a link or lies outside"
+        if not path.exists():
+            return f"{name} is missing"
+    except (OSError, ValueError):  # a zero byte, a name that is too long
+        return f"{name[:60]!a} cannot be a file's name"
+    return None if path.is_file() else f"{name} is no file"
 
 
 def digest(path: Path) -> str:
@@ -109,6 +154,14 @@ def replace_text(path: Path, text: str) -> None:
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that a power cut does not take them away."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
 
 
 def share(path: Path, like: Path) -> None:

@@ -69,12 +69,28 @@ def resolve(name: str, *, weights: bool = True) -> Path:
     return fetched
 
 
+def inside(folder: Path, name: str) -> Path:
+    """A file of the folder. Links may lead to other files of the folder, or to the blobs of a Hugging Face cache."""
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
+        raise ModelError(f"{folder}: {INDEX} names {name!r}, which is not a plain file name; nothing outside is read")
+    file = folder / name
+    if not file.is_file():
+        what = "is no file" if file.exists() else "is missing"
+        raise ModelError(f"{folder}: {name} {what}; fetch the model again")
+    root, real = folder.resolve(), file.resolve()
+    cache = next((p.parent / "blobs" for p in (root.parent, root.parent.parent) if p.name == "snapshots"), None)
+    if real.parent not in (root, cache):
+        raise ModelError(f"{file}: is a link out of the model's folder; copy the file there instead")
+    return file
+
+
 def fingerprint(name: str, *, weights: bool, progress: Callable[[int, int], None] | None = None) -> str:
     """sha256 over a model's files (`weights`), or a tokenizer's: two names of one content have one fingerprint."""
     path = Path(name).expanduser()
     folder = None if path.is_file() else resolve(name, weights=weights)
     wanted = ("config.json", *WEIGHT_FILES) if weights else TOKENIZER_FILES
-    files = [path] if folder is None else sorted({p for pattern in wanted for p in folder.glob(pattern)})
+    names = sorted({p.name for pattern in wanted for p in folder.glob(pattern)}) if folder else []
+    files = [inside(folder, name) for name in names] if folder else [path]
     done, total = 0, sum(p.stat().st_size for p in files)
     whole = hashlib.sha256()
     if progress is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class Job:
         if state is not None:
             self.say_going_on(state, trainer, settings)
         saver = self.train(trainer, found)
-        if trainer.before:
+        if "eval_perplexity" in trainer.before and "eval_perplexity" in trainer.metrics:
             self.events.note(
                 text=f"held-out perplexity: {trainer.before['eval_perplexity']:,.2f} before, "
                 f"{trainer.metrics['eval_perplexity']:,.2f} after"
@@ -198,12 +199,11 @@ class Job:
             shutil.rmtree(folder, ignore_errors=True)
             return
         best = ModelFolder.open(self.folder / saver.best)
-        folder.mkdir(exist_ok=True)
         weights = ((name, best.tensor(name)) for name in best.names())
         export(folder, weights, self.config, self.corpus.tokenizer, self.shape.dtype)
         self.events.note(
             text=f"the held-out loss was lowest at step {saver.best.partition('-')[2]} ({saver.best_loss:.4f}, now "
-            f"{trainer.metrics['eval_loss']:.4f}): that model is in {folder}"
+            f"{trainer.metrics.get('eval_loss', math.nan):.4f}): that model is in {folder}"
         )
 
     def generate(self, model: Parallelized) -> None:

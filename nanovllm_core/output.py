@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Any
 from attrs import frozen
 
 from nanovllm_core.errors import OutputError
-from nanovllm_core.files import LOCK, replace_text, sync, writing
+from nanovllm_core.files import LOCK, make_folder, read_json, replace_text, sync, writing
 from nanovllm_core.plan import PREVIOUS
 from nanovllm_core.training.checkpoint import State, newest
 
 FINISHED = "finished.json"
 TOKENS, BUSY, BEST = "tokens", ".busy.lock", "best"
+BEGINNING = f".{LOCK}.partial"  # all that a process killed while it made the folder its own leaves
 BEGUN = ""  # the identity of a run that has not read its documents yet
 KEPT = (PREVIOUS, TOKENS, BUSY)  # whatever run comes
 
@@ -46,8 +48,8 @@ def claimed(folder: Path) -> Iterator[Claim]:
 
     lock = FileLock(folder / BUSY)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = sorted(p for p in folder.iterdir() if p.name != BUSY)
+        make_folder(folder)
+        found = sorted(p for p in folder.iterdir() if p.name not in (BUSY, BEGINNING))
         lock.acquire(timeout=0)
     except Timeout as e:
         raise OutputError(
@@ -74,11 +76,18 @@ def settle(
     claim: Claim, identity: str, length: dict[str, Any], tell: Callable[[str], None]
 ) -> tuple[Path, State] | None:
     """Make the folder this run's: the checkpoint to go on from, or None to begin, or when `length` is reached."""
+    with writing(claim.folder):
+        return _settle(claim, identity, length, tell)
+
+
+def _settle(
+    claim: Claim, identity: str, length: dict[str, Any], tell: Callable[[str], None]
+) -> tuple[Path, State] | None:
     folder, why = claim.folder, "another data, tokenizer, model or training than the last time"
     moving = next((p for p in folder.glob(f"{PREVIOUS}/*.moving")), None)
     if moving is None:
         if claim.owner == identity:
-            found, done = newest(folder, tell), finished(folder)
+            found, done = newest(folder, tell, identity), finished(folder)
             if found or (done and done[1] == length) or not _holds_work(claim.entries):
                 return found
             why = "no sound checkpoint to go on from, so the run begins anew"
@@ -87,13 +96,26 @@ def settle(
         number = 1 + max((int(p.name) for p in folder.glob(f"{PREVIOUS}/*") if p.name.isdigit()), default=0)
         moving = folder / PREVIOUS / f"{number}.moving"  # found again, and finished, after a kill half-way
         moving.mkdir(parents=True)
-        sync(moving.parent)
+        for above in (moving.parent, folder):  # before anything is in it, so that a power cut takes nothing along
+            sync(above)
     for path in claim.entries:
         os.replace(path, moving / path.name)
+    for changed in (moving, folder):
+        sync(changed)
     old = moving.with_suffix("")
     os.replace(moving, old)
+    sync(old.parent)
     tell(f"{why}: the old contents of {folder} are in {old}")
     return None
+
+
+def tidy(folder: Path) -> None:
+    """Remove the token stores that killed processes began: none is begun while this process holds the folder."""
+    for left in (folder / TOKENS).glob(".building-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)  # the lock of such a store
 
 
 def _holds_work(entries: Iterable[Path]) -> bool:
@@ -112,7 +134,7 @@ def _owner(folder: Path) -> str | None:
 def locked_by(folder: Path) -> str | None:
     """The identity in the folder's lock; None without a lock that can be read."""
     try:
-        return str(json.loads((folder / LOCK).read_text(encoding="utf-8"))["identity"])
+        return str(read_json(folder / LOCK)["identity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -124,14 +146,16 @@ def write_lock(folder: Path, lock: dict[str, Any]) -> None:
 
 def mark_finished(folder: Path, step: int, length: dict[str, Any], files: Iterable[str]) -> None:
     """Note that the model of this step is exported (`files`) and has answered; `length` is how long was asked for."""
-    sizes = {name: (folder / name).stat().st_size for name in files}
+    with writing(folder):
+        sizes = {name: (folder / name).stat().st_size for name in files}
+        sync(folder)  # `best/` must not be lost where the note is not
     _write(folder / FINISHED, {"step": step, "length": length, "files": sizes})
 
 
 def finished(folder: Path) -> tuple[int, dict[str, Any]] | None:
     """Step of the finished model and the length that was asked for; None when there is none, or not all of it."""
     try:
-        note = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+        note = read_json(folder / FINISHED)
         whole = all((folder / name).stat().st_size == size for name, size in note["files"].items())
         return (int(note["step"]), dict(note["length"])) if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

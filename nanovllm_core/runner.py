@@ -10,7 +10,7 @@ from nanovllm_core.errors import RefusedError
 from nanovllm_core.hookspecs import hookimpl
 from nanovllm_core.job import Job, asked_length, say_finished
 from nanovllm_core.lock import contents, identity, lock_of
-from nanovllm_core.output import TOKENS, claimed, finished, locked_by, settle, write_lock
+from nanovllm_core.output import TOKENS, claimed, finished, locked_by, settle, tidy, write_lock
 from nanovllm_core.plan import Plan
 from nanovllm_core.training.stop import StopRequest
 
@@ -48,6 +48,7 @@ def run(plan: Plan, callbacks: Sequence[object] = (), stop: StopRequest | None =
             write_lock(folder, lock_of(plan, who, fingerprint, named))
             corpus = prepare(plan, fingerprint, named, documents, folder / TOKENS, events)
             Job(plan, corpus, who, events, stop).run(found)
+        tidy(folder)
     events.run_finished(output_dir=folder)
     return folder
 

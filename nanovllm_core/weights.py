@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nanovllm_core.errors import ModelError, listed, nearest
-from nanovllm_core.hub import INDEX, SINGLE
+from nanovllm_core.hub import INDEX, SINGLE, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class ModelFolder:
         folder = Path(path)
         config = read_config(folder)
         if (folder / SINGLE).is_file():
-            file = _inside(folder, SINGLE)
+            file = inside(folder, SINGLE)
             return cls(folder, config, dict.fromkeys(_names(file), file))
         if (folder / INDEX).is_file():
             return cls(folder, config, _indexed(folder))
@@ -115,7 +115,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: no such folder; a model is a folder with {CONFIG} and safetensors files")
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder}: no {CONFIG}; a model folder holds {CONFIG} and safetensors files")
-    return _read_json(_inside(folder, CONFIG), CONFIG_BYTES)
+    return _read_json(inside(folder, CONFIG), CONFIG_BYTES)
 
 
 def _read_json(file: Path, limit: int) -> dict[str, Any]:
@@ -145,11 +145,11 @@ def _no_constant(text: str) -> Any:
 
 def _indexed(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index, checked against what the files hold."""
-    index = _inside(folder, INDEX)
+    index = inside(folder, INDEX)
     weight_map = _read_json(index, INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ModelError(f"{index}: has no weight_map from tensor names to file names")
-    files = {name: _inside(folder, name) for name in sorted(set(weight_map.values()))}
+    files = {name: inside(folder, name) for name in sorted(set(weight_map.values()))}
     held = {name: frozenset(_names(file)) for name, file in files.items()}
     for tensor, name in weight_map.items():
         if tensor not in held[name]:
@@ -157,20 +157,6 @@ def _indexed(folder: Path) -> dict[str, Path]:
                 f"{files[name]}: lacks tensor {tensor!r}, which {INDEX} places there; fetch the model again"
             )
     return {tensor: files[name] for tensor, name in weight_map.items()}
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """A file of the folder. Links may lead to other files of the folder, or to the blobs of a Hugging Face cache."""
-    if not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
-        raise ModelError(f"{folder}: {INDEX} names {name!r}, which is not a plain file name; nothing outside is read")
-    file = folder / name
-    if not file.is_file():
-        raise ModelError(f"{folder}: {name} is missing; fetch the model again")
-    root, real = folder.resolve(), file.resolve()
-    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    if real.parent not in (root, cache):
-        raise ModelError(f"{file}: is a link out of the model's folder; copy the file there instead")
-    return file
 
 
 def _names(file: Path) -> Iterable[str]:

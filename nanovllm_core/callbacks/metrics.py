@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
-from nanovllm_core.files import writing
+from nanovllm_core.files import sync, writing
 from nanovllm_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -51,13 +51,26 @@ class Metrics:
     @hookimpl
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         self._write({"step": step, **metrics})
+        self._sync()  # before the checkpoint of this step is written: what is found after a power cut is told of, too
+
+    @hookimpl
+    def checkpoint_saved(self) -> None:
+        self._sync()  # where nothing is evaluated
+
+    def _sync(self) -> None:
+        path = self._open.path
+        if path is not None and path.exists():
+            with writing(path):
+                sync(path)
+                sync(path.parent)
 
     def _write(self, line: Mapping[str, float]) -> None:
         path = self._open.path
         if path is None:
             return
         if not self._open.begun:  # a resumed run takes its later steps again: drop what they said before
-            _keep_before(path, line)
+            with writing(path):
+                _keep_before(path, line)
             self._open.begun = True
         with writing(path), path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
@@ -71,6 +84,7 @@ def _keep_before(path: Path, line: Mapping[str, float]) -> None:
             new.writelines(
                 text.rstrip(b"\n") + b"\n" for text in old if _order(text) < _order(json.dumps(line).encode())
             )
+        sync(aside)
         os.replace(aside, path)  # so that a kill meets the old file or the new one, whole
 
 

@@ -12,23 +12,26 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from attrs import asdict, frozen
+from attrs import asdict, fields, frozen
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanovllm_core.errors import CheckpointError
-from nanovllm_core.files import damage, recover, writing, written_whole
+from nanovllm_core.files import damage, discard, read_json, recover, writing, written_whole
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 FORMAT = 2
+STATE, WEIGHTS, MOMENTS = "state.json", "model.safetensors", "optimizer.safetensors"
+REQUIRED = (STATE, WEIGHTS, MOMENTS)
 
 
 @frozen(kw_only=True)
@@ -80,9 +83,9 @@ def save(
     """
     folder = root / f"checkpoint-{state.step}"
     with writing(folder), written_whole(folder) as partial:
-        save_file(dict(held.weights), partial / "model.safetensors", {"format": "pt"})
-        save_file(dict(held.moments), partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        save_file(dict(held.weights), partial / WEIGHTS, {"format": "pt"})
+        save_file(dict(held.moments), partial / MOMENTS)
+        (partial / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         write_rest(partial)
     return folder
 
@@ -106,44 +109,118 @@ def random_state() -> str:
 
 
 def set_random_state(text: str) -> None:
-    """Undo `random_state`."""
-    torch.set_rng_state(torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8))
+    """Undo `random_state`. Raises CheckpointError for what is none."""
+    try:
+        torch.set_rng_state(torch.tensor(list(base64.b64decode(text, validate=True)), dtype=torch.uint8))
+    except (ValueError, RuntimeError) as e:
+        raise CheckpointError(
+            f"the saved random state is none of this version of torch ({str(e).splitlines()[0]}); go on with the version "
+            "that saved it, or name another output_dir to begin anew"
+        ) from e
 
 
-def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, State] | None:
+def newest(root: Path, tell: Callable[[str], None], identity: str | None = None) -> tuple[Path, State] | None:
     """The newest sound checkpoint under `root`; `tell` hears why newer ones were passed over.
 
-    First puts in order what a process killed while saving left there, so `root` must be this process's to write.
+    `identity`: of the run that it must belong to. First puts in order what a process killed while saving left there, so
+    `root` must be this process's to write. Raises OutputError when it is not.
     """
-    for left in root.glob(".checkpoint-*.gone"):
-        shutil.rmtree(left, ignore_errors=True)
-    for left in list(root.glob(".checkpoint-*")):
-        if FOLDER.fullmatch(name := Path(left.name[1:]).stem):
-            recover(root / name)
-    found = [(int(m.group(1)), p) for p in root.glob("checkpoint-*") if (m := FOLDER.fullmatch(p.name)) and p.is_dir()]
-    for _, folder in sorted(found, reverse=True):
-        if reason := damage(folder):
-            tell(f"{folder.name} is damaged ({reason}); looking for an older one")
-            continue
-        data: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if data.get("format") != FORMAT:
-            tell(f"{folder.name} has format {data.get('format')}, this version reads {FORMAT}; looking for another")
-            continue
-        return folder, State(**data)
+    with writing(root):
+        for left in root.glob(".checkpoint-*.gone"):
+            discard(left)
+        for left in list(root.glob(".checkpoint-*")):
+            if FOLDER.fullmatch(name := Path(left.name[1:]).stem):
+                recover(root / name)
+    for _, folder in reversed(numbered(root)):
+        try:
+            return folder, sound(folder, identity)
+        except CheckpointError as e:
+            tell(f"{e}; looking for another one")
     return None
+
+
+def best(root: Path, last: int) -> tuple[Path, float] | None:
+    """The sound checkpoint of the lowest held-out loss, and that loss, among those of at most `last` steps."""
+    losses = []
+    for step, folder in numbered(root):
+        try:
+            state = read_state(folder)
+        except CheckpointError:
+            continue
+        loss = state.metrics.get("eval_loss", math.nan)
+        if step <= last and state.evaluated and not math.isnan(loss):
+            losses.append((loss, step, folder))
+    whole = ((folder, loss) for loss, _, folder in sorted(losses) if not damage(folder, REQUIRED))
+    return next(whole, None)
+
+
+def numbered(root: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each checkpoint by name, sound or not, in order."""
+    return sorted(
+        (int(m.group(1)), p)
+        for p in root.glob("checkpoint-*")
+        if (m := FOLDER.fullmatch(p.name)) and (p.is_symlink() or p.is_dir())
+    )
+
+
+def sound(folder: Path, identity: str | None) -> State:
+    """The state of a checkpoint, every file of which is as it was written. Raises CheckpointError with what is wrong."""
+    if reason := "is a link" if folder.is_symlink() else damage(folder, REQUIRED):
+        raise CheckpointError(f"{folder.name} is damaged ({reason})")
+    state = read_state(folder)
+    if identity is not None and state.identity != identity:
+        raise CheckpointError(f"{folder.name} was saved by another run")
+    return state
+
+
+def read_state(folder: Path) -> State:
+    """A checkpoint's `state.json`. Raises CheckpointError when it holds anything that `save` does not write."""
+    try:
+        if folder.is_symlink():
+            raise ValueError("the folder is a link")
+        data: dict[str, Any] = read_json(folder / STATE)
+        if (written := data.get("format")) != FORMAT:
+            raise CheckpointError(f"{folder.name} has format {str(written)[:60]}, this version reads {FORMAT}")
+        for field in fields(State):
+            if field.name in data and not FITS[str(field.type)](data[field.name]):
+                raise ValueError(f"{field.name} is {str(data[field.name])[:60]!r}, expected {field.type}")
+        state = State(**data)
+        if folder.name != f"checkpoint-{state.step}":
+            raise ValueError(f"step is {state.step}")
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{folder.name} is damaged ({STATE} cannot be used: {e})") from e
+    return state
+
+
+FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
+    {
+        "int": lambda v: type(v) is int and 0 <= v < 1 << 63,
+        "str": lambda v: isinstance(v, str),
+        "bool": lambda v: isinstance(v, bool),
+        "dict[str, float]": lambda v: isinstance(v, dict) and all(type(x) in (int, float) for x in v.values()),
+        "list[str]": lambda v: isinstance(v, list) and v != [] and all(isinstance(x, str) for x in v),
+    }
+)
+"""Type of a field of State, as written there -> whether a value from JSON is of it."""
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Put the saved moments back, each beside its parameter. Raises CheckpointError when they do not belong to it."""
     try:
-        saved = load_file(folder / "optimizer.safetensors")
+        saved = load_file(folder / MOMENTS)
     except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{folder / 'optimizer.safetensors'}: {e}") from e
+        raise CheckpointError(f"{folder / MOMENTS}: {e}") from e
     for name, parameter in named:
         state = {}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if (value := saved.pop(f"{key}:{name}", None)) is None:
                 raise CheckpointError(f"{folder}: has no {key} of {name}; it belongs to another model")
+            needed = torch.Size() if key == "step" else parameter.shape
+            if value.shape != needed or value.dtype != torch.float32:
+                raise CheckpointError(
+                    f"{folder}: {key} of {name} is {list(value.shape)} in {value.dtype}, this model needs {list(needed)} in "
+                    "torch.float32; it belongs to another model"
+                )
             state[key] = value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
         optimizer.state[parameter] = state
     if saved:

@@ -73,6 +73,7 @@ def _export(
             if path.is_dir():  # some tokenizers keep their chat templates in one
                 shutil.rmtree(folder / path.name, ignore_errors=True)
             os.replace(path, folder / path.name)
+        shutil.rmtree(partial, ignore_errors=True)
         sync(folder)
         return [path.name for path in written if (folder / path.name).is_file()]
     finally:

@@ -8,7 +8,8 @@ or `finish`.
     checkpoints.json    {"latest": name, "best": name or null, "best_eval_loss": nats a token or null}
 
 It moves when a checkpoint is whole and durable, and only then are older ones removed: never the newest, the best or the
-one that this process went on from.
+one that this process went on from. It is for people and tools: a process that goes on asks the checkpoints themselves
+and writes it anew, since a kill or a power cut may have come between a checkpoint and its pointer.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pathlib import Path
 from attrs import define, field
 
 from nanovllm_core.errors import OutputError
-from nanovllm_core.files import replace_text, sync, writing
-from nanovllm_core.training.checkpoint import FOLDER, Snapshot, State, save
+from nanovllm_core.files import discard, replace_text, sync, writing
+from nanovllm_core.training.checkpoint import Snapshot, State, best, numbered, save
 
 POINTERS = "checkpoints.json"
 GONE = ".gone"  # suffix of a checkpoint that is being removed
@@ -53,13 +54,11 @@ class Saver:
     _writing: State | None = field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
-        """Take up the best of an earlier process, if its checkpoint is still there."""
-        try:
-            told = json.loads((self.root / POINTERS).read_text(encoding="utf-8"))
-            if (self.root / str(told["best"])).is_dir():
-                self.best, self.best_loss = str(told["best"]), float(told["best_eval_loss"])
-        except (OSError, ValueError, KeyError, TypeError):
-            self.best = self.best_loss = None
+        """Take up what an earlier process left. Raises OutputError."""
+        if self.resumed is not None:
+            if found := best(self.root, int(self.resumed.name.partition("-")[2])):
+                self.best, self.best_loss = found[0].name, found[1]
+            self._point(self.resumed)
 
     @property
     def busy(self) -> bool:
@@ -106,24 +105,30 @@ class Saver:
             loss = state.metrics.get("eval_loss")
             if state.evaluated and loss is not None and (self.best_loss is None or loss < self.best_loss):
                 self.best, self.best_loss = folder.name, loss
-            with writing(self.root / POINTERS):
-                told = {"latest": folder.name, "best": self.best, "best_eval_loss": self.best_loss}
-                replace_text(self.root / POINTERS, json.dumps(told) + "\n")
-                self._prune(folder)
+            self._point(folder)
         except BaseException as e:  # raised again where the run can hear it
             self._error = e
+
+    def _point(self, latest: Path) -> None:
+        told = {"latest": latest.name, "best": self.best, "best_eval_loss": self.best_loss}
+        with writing(self.root / POINTERS):
+            replace_text(self.root / POINTERS, json.dumps(told) + "\n")
+            self._prune(latest)
 
     def _prune(self, latest: Path) -> None:
         if self.limit is None:
             return
-        steps = {int(m.group(1)): p for p in self.root.glob("checkpoint-*") if (m := FOLDER.fullmatch(p.name))}
-        newest = {p.name for _, p in sorted(steps.items())[-self.limit :]}
-        kept = {*newest, latest.name, self.best, self.resumed.name if self.resumed else None}
-        for path in (p for p in steps.values() if p.name not in kept):
+        last = int(
+            latest.name.partition("-")[2]
+        )  # newer ones were passed over as damaged: they take no sound one's place
+        paths = [p for step, p in numbered(self.root) if step <= last]
+        kept = {latest.name, self.best, self.resumed.name if self.resumed else None}
+        kept.update(p.name for p in paths[-self.limit :])
+        for path in (p for p in paths if p.name not in kept):
             gone = path.with_name(f".{path.name}{GONE}")
             path.replace(gone)  # at once, so that a kill leaves no half of it under the name
             sync(self.root)
-            shutil.rmtree(gone, ignore_errors=True)
+            discard(gone)
 
 
 def room_needed(root: Path, *, size: int, exported: int, limit: int | None, saves: int) -> None:

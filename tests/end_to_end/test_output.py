@@ -319,3 +319,18 @@ def test_a_broken_reader_is_told_where_auto_goes_without_it(go, folder):
     assert watch.said("reader sure: its probe answered")
     assert watch.said("reader misspelt: ")
     assert watch.said("1 files of kind .md are left out")
+
+
+def test_what_a_kill_leaves_at_the_very_beginning_is_begun_anew(go, folder):
+    """Killed while the folder was made its own, and while tokens were stored: neither stops the next run, nor stays."""
+    (folder / "out").mkdir()
+    (folder / "out" / ".plan.lock.json.partial").write_text('{"iden')
+    building = folder / "out" / "tokens" / ".building-0123456789ab-abcdefgh"
+    with pytest.raises(Stop):
+        go(callbacks=[StopAt(step=2)])
+    building.mkdir()
+    (building / "tokens.bin").write_bytes(b"\0" * 100)
+    out, watch = go()
+    assert sorted(watch.steps)[-1] == 6
+    assert not list(out.rglob(".*.partial"))
+    assert not building.exists()

@@ -136,6 +136,7 @@ def counted(act):
     return call
 
 with written_whole(folder) as partial:
+    shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
     state = json.loads((folder / "state.json").read_text())
     (partial / "state.json").write_text(json.dumps(state | {"position": 99}))
     os.replace, shutil.rmtree = counted(os.replace), counted(shutil.rmtree)

@@ -105,6 +105,33 @@ def test_newest_best_and_resumed_are_kept(tmp_path, make):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_of_equal_losses_the_earlier_is_the_best_also_for_who_goes_on(tmp_path, make):
+    made, _, save = make(limit=None)
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 2.0)):
+        save(step, loss)
+    made.finish()
+    assert made.best == "checkpoint-2"
+    made, *_ = make(limit=None, resumed=tmp_path / "checkpoint-3")
+    assert (made.best, made.best_loss) == ("checkpoint-2", 2.0)
+    made, *_ = make(limit=None, resumed=tmp_path / "checkpoint-1")  # later ones will be made again
+    assert made.best == "checkpoint-1"
+
+
+def test_a_damaged_newer_one_takes_no_sound_one_s_place(tmp_path, make):
+    made, _, save = make(limit=2)
+    for step, loss in ((1, 2.0), (2, 3.0), (8, 3.0), (9, 3.0)):
+        save(step, loss)
+    made.finish()
+    for name in ("checkpoint-8", "checkpoint-9"):
+        (tmp_path / name / "state.json").unlink()
+    made, _, save = make(limit=2, resumed=tmp_path / "checkpoint-1")
+    for step in (3, 4, 5):
+        save(step, 3.0)
+    made.finish()
+    assert {"checkpoint-1", "checkpoint-4", "checkpoint-5"} <= set(names(tmp_path))
+    assert "checkpoint-3" not in names(tmp_path)
+
+
 def test_no_limit_keeps_all(tmp_path, make):
     made, _, save = make(limit=None)
     for step in range(1, 6):

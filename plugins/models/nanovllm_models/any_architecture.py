@@ -19,11 +19,13 @@ from nanovllm_core.errors import ModelError, nearest
 from nanovllm_core.hookspecs import hookimpl
 from nanovllm_core.hub import is_gguf, resolve
 from nanovllm_core.weights import ModelFolder
+from nanovllm_models.families.reader import LAYERS
 from nanovllm_models.opening import config_of, open_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+LAYERS_NAMED = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 UNBOUNDED = 1 << 20  # positions of a model whose configuration names no bound
 LIMITS: Mapping[str, str] = {
     "packing": "its attention is its own and knows no document borders; each document runs as a padded row",
@@ -143,6 +145,9 @@ def _class_name(config: Mapping[str, Any]) -> str:
         raise ModelError("config.json asks for quantization_config (quantised weights); take the original model")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"config.json: {kind} is an encoder and decoder (is_encoder_decoder), not a causal model")
+    for key in LAYERS_NAMED:
+        if isinstance(count := config.get(key), int) and count > LAYERS:
+            raise ModelError(f"config.json: {key} is {str(count)[:24]}, expected at most {LAYERS:,}")
     name = KNOWN[kind]
     return name if isinstance(name, str) else str(name[0])
 
@@ -199,6 +204,6 @@ def _instance(folder: Any) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as e:
+    except Exception as e:  # of which kind, for sizes that make no sense, is up to each architecture's code
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise ModelError(f"{resolve(str(folder))}: transformers cannot make this model ({lines[0]})") from e

@@ -17,6 +17,8 @@ from nanovllm_core.hookspecs import hookimpl
 from nanovllm_core.weights import CONFIG, read_config
 from nanovllm_tokenizers.fast import FastTokenizer
 
+SUFFIXES = (".json", ".jinja", ".model", ".txt")
+MOST = 256 << 20  # bytes of one file: several times the largest real vocabulary
 PROBES = ("a", "Hello world")
 
 
@@ -45,8 +47,26 @@ def load(path: str) -> HfTokenizer:
     """The tokenizer of a folder, GGUF file or hub name; opened once while its files stay the same. Raises ModelError."""
     gguf = Path(path).expanduser() if hub.is_gguf(path) else None
     folder = gguf.parent if gguf else hub.resolve(path, weights=False)
-    files = [gguf] if gguf else sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt"))
+    files = [gguf] if gguf else _files(folder)
     return _load(folder, gguf, tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in files))
+
+
+def _files(folder: Path) -> list[Path]:
+    """What transformers may read there. Raises ModelError for a link out of the folder, a pipe or a file beyond belief."""
+    inner = folder / "chat_templates"
+    files = [
+        hub.inside(p.parent, p.name)
+        for place in (folder, inner)
+        if place.is_dir()
+        for p in sorted(place.iterdir())
+        if p.suffix in SUFFIXES
+    ]
+    if inner.is_symlink():
+        raise ModelError(f"{inner}: is a link out of the model's folder; copy the files there instead")
+    for file in files:
+        if file.stat().st_size > MOST:
+            raise ModelError(f"{file}: {file.stat().st_size:,} bytes; at most {MOST:,} are read")
+    return files
 
 
 @lru_cache(maxsize=2)
@@ -105,8 +125,10 @@ class HfTokenizer(FastTokenizer):
         try:
             conversation = [dict(m) for m in messages]
             return str(self.opened.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer_next))
-        except (TemplateError, ValueError, TypeError, IndexError, KeyError) as e:
-            raise ModelError(f"{self.folder}: the chat template refuses the conversation ({e})") from e
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError) as e:
+            raise ModelError(
+                f"{self.folder}: the chat template refuses the conversation ({str(e) or type(e).__name__})"
+            ) from e
 
     def save(self, folder: Path) -> None:
         """Write what transformers writes for it."""
@@ -134,6 +156,9 @@ def _stop_ids(folder: Path) -> tuple[int, ...]:
         return ()
     try:
         given = json.loads(path.read_text("utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         raise ModelError(f"{path}: not a JSON object ({e})") from e
-    return tuple(given) if isinstance(given, list) else () if given is None else (int(given),)
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(i) is int and 0 <= i < 1 << 32 for i in ids):
+        raise ModelError(f"{path}: eos_token_id is {str(given)[:60]}, expected a token id or a list of them")
+    return tuple(ids)

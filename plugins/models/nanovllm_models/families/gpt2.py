@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanovllm_core.errors import ModelError
-from nanovllm_models.families.reader import Reader, refuse
+from nanovllm_models.families.reader import LAYERS, Reader, refuse
 from nanovllm_models.gpt2_config import Gpt2Config
 
 ARCHITECTURE = "GPT2LMHeadModel"
@@ -37,7 +37,7 @@ def from_huggingface(config: Mapping[str, Any]) -> Gpt2Config:
         family="gpt2",
         vocab_size=read.size("vocab_size"),
         hidden=hidden,
-        layers=read.size("n_layer"),
+        layers=read.size("n_layer", most=LAYERS),
         heads=heads,
         kv_heads=heads,
         head_dim=hidden // heads,

@@ -12,7 +12,7 @@ from typing import Any
 
 from nanovllm_core.errors import ModelError
 from nanovllm_models.config import TransformerConfig
-from nanovllm_models.families.reader import Reader, refuse
+from nanovllm_models.families.reader import LAYERS, Reader, refuse
 from nanovllm_models.families.rope import rope_of
 
 ARCHITECTURES = {
@@ -93,7 +93,7 @@ def from_huggingface(config: Mapping[str, Any]) -> TransformerConfig:
         },
     )
     heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
-    layers, max_positions = read.size("num_hidden_layers"), read.size("max_position_embeddings")
+    layers, max_positions = read.size("num_hidden_layers", most=LAYERS), read.size("max_position_embeddings")
     windows = _windows(config, family, layers)
     sliding = [w for w in windows if w is not None]
     c = TransformerConfig(

@@ -9,6 +9,7 @@ from typing import Any
 from nanovllm_core.errors import ModelError
 
 _REQUIRED = object()
+LAYERS = 10_000  # no model has so many; a config that says more would fill memory with their names
 
 
 class Reader:
@@ -27,10 +28,12 @@ class Reader:
             raise ModelError(f"config.json: {key} is {value!r}, expected {kind.__name__}")
         return value
 
-    def size(self, key: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
+    def size(self, key: str, default: Any = _REQUIRED, *, least: int = 1, most: int = (1 << 31) - 1) -> int:
         value: int = self.value(key, int, default)
         if value < least:
             raise ModelError(f"config.json: {key} is {value}, expected at least {least}")
+        if value > most:
+            raise ModelError(f"config.json: {key} is {str(value)[:24]}, expected at most {most:,}")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
