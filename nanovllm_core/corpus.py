@@ -13,8 +13,9 @@ from attrs import frozen
 
 from nanovllm_core.assemble import tokenizer_of
 from nanovllm_core.contracts import Tokenizer
-from nanovllm_core.data.batches import Batches, held_out_batches
+from nanovllm_core.data.batches import Batches
 from nanovllm_core.data.chunks import Chunks
+from nanovllm_core.data.held_out import HeldOut
 from nanovllm_core.data.packing import Packing, pack
 from nanovllm_core.data.split import held_out, kept
 from nanovllm_core.data.store import Store, known_counts, open_or_build
@@ -22,7 +23,7 @@ from nanovllm_core.errors import DataError
 from nanovllm_core.hookspecs import Callbacks
 from nanovllm_core.lock import reading
 from nanovllm_core.plan import Plan
-from nanovllm_core.training.trainer import Evaluation
+from nanovllm_core.training.evaluate import Evaluation
 
 
 @frozen(kw_only=True, eq=False)
@@ -67,7 +68,8 @@ def prepare(plan: Plan, fingerprint: str, count: int, folder: Path, events: Call
         tokenizer = tokenizer_of(plan.model, lambda: documents.texts(absent, tell))
     with phase(events, "tokenising") as tell:
         store = open_or_build(folder, _key(plan, fingerprint), documents, tokenizer, tell)
-    chunks, packing = _packed(plan, store, tokenizer, kept(count, out), seed)
+    chunks = _chunks(plan, store, tokenizer, kept(count, out))
+    packing = pack(chunks.lengths, data.max_seq_length, seed)
     if not len(packing):
         raise DataError(f"{data.path}: no document has two tokens or more, so there is nothing to learn from")
     events.note(
@@ -82,18 +84,16 @@ def prepare(plan: Plan, fingerprint: str, count: int, folder: Path, events: Call
     )
 
 
-def _packed(plan: Plan, store: Store, tokenizer: Tokenizer, numbers: Any, seed: int) -> tuple[Chunks, Packing]:
+def _chunks(plan: Plan, store: Store, tokenizer: Tokenizer, numbers: Any) -> Chunks:
     data = plan.recipe.data
-    separator = tokenizer.encode([data.document_separator])[0] if data.concatenate_documents else None
-    chunks = Chunks(
+    return Chunks(
         store,
         numbers,
         length=data.max_seq_length,
         overlap=plan.chunk_overlap.value,
         minimum=data.min_chunk_size,
-        separator=separator,
+        separator=tokenizer.encode([data.document_separator])[0] if data.concatenate_documents else None,
     )
-    return chunks, pack(chunks.lengths, data.max_seq_length, seed)
 
 
 def _evaluation(
@@ -103,17 +103,16 @@ def _evaluation(
         why = "data.eval_fraction is 0" if count > 1 else "a single document is not split"
         events.note(text=f"evaluation is off: {why}")
         return None
-    chunks, packing = _packed(plan, store, tokenizer, out, 0)
-    if not len(packing):
+    chunks = _chunks(plan, store, tokenizer, out)
+    if not len(chunks):
         events.note(text="evaluation is off: the held-out documents have no token to predict")
         return None
     events.note(
         text=f"{len(out):,} of the documents are held out to measure what is learned ({chunks.text_bytes:,} bytes)"
     )
     rows, device = plan.recipe.train.per_device_train_batch_size, plan.machine.device
-    return Evaluation(
-        batches=lambda: held_out_batches(chunks, packing, rows=rows, device=device), text_bytes=chunks.text_bytes
-    )
+    held = HeldOut(chunks, capacity=plan.recipe.data.max_seq_length, rows=rows)
+    return Evaluation(batches=lambda: held.batches(device=device), table=held.table)
 
 
 def batches(plan: Plan, corpus: Corpus, rows_per_step: int, rank: int, world: int) -> Batches:

@@ -16,6 +16,7 @@ from nanovllm_core.inference.sampling import SamplingParams
 from nanovllm_core.lock import identity, lock_of, sequences_per_step
 from nanovllm_core.output import TOKENS, claimed, finished, locked_by, mark_finished, settle, write_lock
 from nanovllm_core.plan import Plan
+from nanovllm_core.settings import settings_of
 from nanovllm_core.training import checkpoint
 from nanovllm_core.training.export import export, write_config
 from nanovllm_core.training.trainer import Settings, Trainer
@@ -57,7 +58,10 @@ def run(plan: Plan, callbacks: Sequence[object] = ()) -> Path:
 
 def _length(plan: Plan) -> dict[str, Any]:
     """How long the recipe asks to train."""
-    return {"num_train_epochs": plan.recipe.train.num_train_epochs, "max_steps": plan.recipe.train.max_steps}
+    keys = ["num_train_epochs", "max_steps"]
+    if plan.recipe.train.early_stopping_patience is not None:
+        keys += ["early_stopping_patience", "early_stopping_min_delta"]
+    return {key: getattr(plan.recipe.train, key) for key in keys}
 
 
 def _say_finished(events: Callbacks, steps: int, folder: Path) -> None:
@@ -132,31 +136,21 @@ class _Job:
         done = found[1].step if found else 0
         left = 0 if data.total is None else max(0, -(-(data.total - position) // rows))
         total = train.max_steps or done + left
-        settings = Settings(
-            total_steps=total,
-            learning_rate=train.learning_rate,
-            weight_decay=train.weight_decay,
-            betas=(train.beta1, train.beta2),
-            warmup_steps=train.warmup_steps if train.warmup_steps is not None else min(100, total // 10),
-            schedule=train.lr_scheduler_type,
-            clipping=train.gradient_clipping,
-            logging_steps=train.logging_steps,
-            eval_steps=train.eval_steps,
-            save_steps=train.save_steps,
-        )
-        if settings.warmup_steps >= total:
+        settings = settings_of(train, total)
+        if settings.schedule.warmup >= total:
             self.events.note(
-                text=f"train.warmup_steps is {settings.warmup_steps} and the run has {total} steps: the learning rate never "
+                text=f"train.warmup_steps is {settings.schedule.warmup} and the run has {total} steps: the learning rate never "
                 f"reaches {train.learning_rate}"
             )
         trainer = Trainer(model, data, settings, self.events, self.corpus.evaluation)
         checkpoint.seed_random_state(train.seed)  # dropout draws from it, where a model has any
         if found:
             path, state = found
-            checkpoint.load_optimizer(path, trainer.optimizer, model.module.named_parameters())
+            checkpoint.load_optimizer(path, trainer.optimizer, model.module.named_parameters(), trainer.trained_from)
             checkpoint.set_random_state(state.random[0])
             trainer.step, trainer.position = state.step, state.position
             trainer.metrics, trainer.before = state.metrics, state.before
+            trainer.resume(state.progress, longer=total > state.total_steps)
         return trainer, settings
 
     def save(self, trainer: Trainer) -> None:
@@ -168,6 +162,7 @@ class _Job:
             tokenizer=self.corpus.tokenizer.fingerprint,
             metrics=trainer.metrics,
             before=trainer.before,
+            progress=trainer.progress(),
             random=[checkpoint.random_state()],
         )
         path = checkpoint.save(

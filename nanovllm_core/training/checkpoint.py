@@ -13,12 +13,12 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import asdict, frozen
+from attrs import asdict, field, frozen
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class State:
     metrics: dict[str, float]  # newest held-out figures
     before: dict[str, float]  # held-out figures before the first step
     random: list[str]  # torch's CPU generator state, base64, one a rank
+    progress: dict[str, Any] = field(factory=dict)  # of the loop: the best evaluation, bad steps
     format: int = FORMAT
 
 
@@ -112,18 +113,31 @@ def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, State] | None
     return None
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Put the saved moments back, each beside its parameter. Raises CheckpointError when they do not belong to it."""
+def load_optimizer(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    named: Iterable[tuple[str, nn.Parameter]],
+    trained_from: Mapping[str, int] | None = None,
+) -> None:
+    """Put the saved moments back, each beside its parameter. Raises CheckpointError when they do not belong to it.
+
+    A parameter whose `trained_from` is above 0 may have none: it was frozen.
+    """
     try:
         saved = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"{folder / 'optimizer.safetensors'}: {e}") from e
     for name, parameter in named:
+        found = {key: saved.pop(f"{key}:{name}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
         state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if (value := saved.pop(f"{key}:{name}", None)) is None:
-                raise CheckpointError(f"{folder}: has no {key} of {name}; it belongs to another model")
+        for key, value in found.items():
+            if value is None:
+                break
             state[key] = value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
-        optimizer.state[parameter] = state
+        else:
+            optimizer.state[parameter] = state
+            continue
+        if state or not (trained_from or {}).get(name):
+            raise CheckpointError(f"{folder}: has no {key} of {name}; it belongs to another model")
     if saved:
         raise CheckpointError(f"{folder}: holds state of {min(saved)}, which this model does not have")
