@@ -48,6 +48,7 @@ def ours(precision: str, steps: int) -> dict[str, float]:
     from nanovllm_core.plan import plan_model
     from nanovllm_core.recipe import Recipe
     from nanovllm_core.registry import Registry
+    from nanovllm_core.training.schedule import Schedule
     from nanovllm_core.training.trainer import Settings, Trainer
 
     recipe = Recipe.from_data({
@@ -85,10 +86,10 @@ def ours(precision: str, steps: int) -> dict[str, float]:
             ends.append(time.perf_counter())
             losses.append(metrics["loss"])
 
-        def evaluated(self, step, metrics): ...
+        def note(self, text): ...
 
     settings = Settings(
-        total_steps=steps, learning_rate=RATE, weight_decay=0.01, betas=(0.9, 0.95), warmup_steps=0, schedule="constant",
+        schedule=Schedule(kind="constant", total=steps, warmup=0), learning_rate=RATE, weight_decay=0.01, betas=(0.9, 0.95),
         clipping=1.0, logging_steps=1, eval_steps=steps + 1, save_steps=steps + 1,
     )  # fmt: skip
     model = assemble(plan, "cpu", seed=0, training=True)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from nanovllm_core.assemble import tokenizer_of
 from nanovllm_core.contracts import Tokenizer
-from nanovllm_core.data.batches import Batches, held_out_batches
+from nanovllm_core.data.batches import Batches
 from nanovllm_core.data.chunks import Chunks
+from nanovllm_core.data.held_out import HeldOut
 from nanovllm_core.data.ledger import Counts
 from nanovllm_core.data.packing import Packing, pack
 from nanovllm_core.data.split import held_out, kept
@@ -27,7 +28,7 @@ from nanovllm_core.files import MANIFEST, damage, writing, written_whole
 from nanovllm_core.hookspecs import Callbacks
 from nanovllm_core.lock import reading, with_content
 from nanovllm_core.plan import Plan
-from nanovllm_core.training.trainer import Evaluation
+from nanovllm_core.training.evaluate import Evaluation
 
 LEDGER = "skipped.jsonl"
 
@@ -98,7 +99,8 @@ def prepare(
     with phase(events, "tokenising") as tell:
         store = open_or_build(folder, _key(plan, fingerprint), documents, tokenizer, tell)
     _publish_ledger(store, plan.output_dir / LEDGER)
-    chunks, packing = _packed(plan, store, tokenizer, kept(count, out), seed)
+    chunks = _chunks(plan, store, tokenizer, kept(count, out))
+    packing = pack(chunks.lengths, data.max_seq_length, seed)
     if not len(packing):
         raise DataError(f"{data.path}: no document has two tokens or more, so there is nothing to learn from")
     events.note(
@@ -142,19 +144,17 @@ def _publish_ledger(store: Store, place: Path) -> None:
             shutil.copyfile(store.folder / "skipped.jsonl", place)
 
 
-def _packed(plan: Plan, store: Store, tokenizer: Tokenizer, numbers: Any, seed: int) -> tuple[Chunks, Packing]:
+def _chunks(plan: Plan, store: Store, tokenizer: Tokenizer, numbers: Any) -> Chunks:
     data = plan.recipe.data
-    separator = tokenizer.encode([data.document_separator])[0] if data.concatenate_documents else None
-    chunks = Chunks(
+    return Chunks(
         store,
         numbers,
         length=data.max_seq_length,
         overlap=plan.chunk_overlap.value,
         minimum=data.min_chunk_size,
-        separator=separator,
+        separator=tokenizer.encode([data.document_separator])[0] if data.concatenate_documents else None,
         train_on_overlap=data.train_on_overlap,
     )
-    return chunks, pack(chunks.lengths, data.max_seq_length, seed)
 
 
 def _evaluation(
@@ -164,17 +164,16 @@ def _evaluation(
         why = "data.eval_fraction is 0" if count > 1 else "a single document is not split"
         events.note(text=f"evaluation is off: {why}")
         return None
-    chunks, packing = _packed(plan, store, tokenizer, out, 0)
-    if not len(packing):
+    chunks = _chunks(plan, store, tokenizer, out)
+    if not len(chunks):
         events.note(text="evaluation is off: the held-out documents have no token to predict")
         return None
     events.note(
         text=f"{len(out):,} of the documents are held out to measure what is learned ({chunks.text_bytes:,} bytes)"
     )
     rows, device = plan.recipe.train.per_device_train_batch_size, plan.machine.device
-    return Evaluation(
-        batches=lambda: held_out_batches(chunks, packing, rows=rows, device=device), text_bytes=chunks.text_bytes
-    )
+    held = HeldOut(chunks, capacity=plan.recipe.data.max_seq_length, rows=rows)
+    return Evaluation(batches=lambda: held.batches(device=device), table=held.table)
 
 
 def batches(plan: Plan, corpus: Corpus, rows_per_step: int, rank: int, world: int) -> Batches:

@@ -120,7 +120,7 @@ def _settings(section: str, recipe: Recipe, values: Any, skip: tuple[str, ...] =
 
 def _value(value: Any) -> str:
     """As a recipe would write it."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(value, ensure_ascii=False, default=lambda v: attrs.asdict(v) if attrs.has(type(v)) else str(v))
 
 
 def _gb(size: int) -> str:

@@ -27,7 +27,7 @@ required and answers with a value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +193,10 @@ class Callbacks:
     @hookspec
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Held-out figures: eval_loss (nats a token), eval_perplexity, eval_bits_per_byte."""
+
+    @hookspec
+    def evaluated_by_source(self, step: int, table: Sequence[Mapping[str, Any]]) -> None:
+        """The same by source, at most 100 rows: source, tokens, loss, perplexity, bits_per_byte. Most text first."""
 
     @hookspec
     def checkpoint_saved(self, step: int, path: Path) -> None:

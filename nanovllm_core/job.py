@@ -18,6 +18,7 @@ from nanovllm_core.lock import sequences_per_step
 from nanovllm_core.machine import host_memory
 from nanovllm_core.output import BEST, finished, mark_finished
 from nanovllm_core.plan import Plan
+from nanovllm_core.settings import settings_of
 from nanovllm_core.training import checkpoint
 from nanovllm_core.training.export import export, write_config
 from nanovllm_core.training.saver import Saver, room_needed
@@ -30,7 +31,10 @@ Found = tuple[Path, checkpoint.State]
 
 def asked_length(plan: Plan) -> dict[str, Any]:
     """How long the recipe asks to train."""
-    return {"num_train_epochs": plan.recipe.train.num_train_epochs, "max_steps": plan.recipe.train.max_steps}
+    keys = ["num_train_epochs", "max_steps"]
+    if plan.recipe.train.early_stopping_patience is not None:
+        keys += ["early_stopping_patience", "early_stopping_min_delta"]
+    return {key: getattr(plan.recipe.train, key) for key in keys}
 
 
 def say_finished(events: Callbacks, steps: int, folder: Path) -> None:
@@ -111,31 +115,21 @@ class Job:
         done = found[1].step if found else 0
         left = 0 if data.total is None else max(0, -(-(data.total - position) // rows))
         total = train.max_steps or done + left
-        settings = Settings(
-            total_steps=total,
-            learning_rate=train.learning_rate,
-            weight_decay=train.weight_decay,
-            betas=(train.beta1, train.beta2),
-            warmup_steps=train.warmup_steps if train.warmup_steps is not None else min(100, total // 10),
-            schedule=train.lr_scheduler_type,
-            clipping=train.gradient_clipping,
-            logging_steps=train.logging_steps,
-            eval_steps=train.eval_steps,
-            save_steps=train.save_steps,
-        )
-        if settings.warmup_steps >= total:
+        settings = settings_of(train, total)
+        if settings.schedule.warmup >= total:
             self.events.note(
-                text=f"train.warmup_steps is {settings.warmup_steps} and the run has {total} steps: the learning rate never "
+                text=f"train.warmup_steps is {settings.schedule.warmup} and the run has {total} steps: the learning rate never "
                 f"reaches {train.learning_rate}"
             )
         checkpoint.seed_random_state(train.seed)  # dropout draws from it, where a model has any
         trainer = Trainer(model, data, settings, self.events, self.corpus.evaluation, self.stop)
         if found:
             path, state = found
-            checkpoint.load_optimizer(path, trainer.optimizer, model.module.named_parameters())
+            checkpoint.load_optimizer(path, trainer.optimizer, model.module.named_parameters(), trainer.trained_from)
             checkpoint.set_random_state(state.random[0])
             trainer.step, trainer.position, trainer.evaluated = state.step, state.position, state.evaluated
             trainer.metrics, trainer.before, trainer.random = state.metrics, state.before, state.random[0]
+            trainer.resume(state.progress, longer=total > state.total_steps)
         return trainer, settings
 
     def train(self, trainer: Trainer, found: Found | None) -> Saver:
@@ -190,6 +184,7 @@ class Job:
             before=trainer.before,
             random=[trainer.random],
             evaluated=trainer.evaluated,
+            progress=trainer.progress(),
         )
 
     def export_best(self, saver: Saver, trainer: Trainer) -> None:

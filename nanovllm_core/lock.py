@@ -22,14 +22,18 @@ from nanovllm_core.negotiate import Candidate, Choice
 from nanovllm_core.options import model_refs, public, shown, without_secrets
 from nanovllm_core.plan import Plan
 
-# What changes the trained weights, and so the identity. Left out on purpose: how long, how often something is said or
-# saved, where it runs and by which kernels, and versions: an update goes on with a run (its lock says what changed).
+# What changes the trained weights, and so the identity. Left out on purpose: how long (a patience too: a longer one goes
+# on), how often something is said or saved, where it runs and by which kernels, gradient_checkpointing (which computes the
+# same values again), and versions: an update goes on with a run (its lock says what changed). spike_factor says which steps
+# are taken; on_bad_step and max_bad_steps do not count: before the first bad step they change nothing, and a run that
+# stopped at one must be able to go on and skip it.
 DATA_KEYS = (
     "max_seq_length", "concatenate_documents", "document_separator", "min_chunk_size", "eval_fraction", "train_on_overlap",
 )  # fmt: skip
 TRAIN_KEYS = (
-    "learning_rate", "weight_decay", "beta1", "beta2", "lr_scheduler_type", "warmup_steps", "mixed_precision",
-    "gradient_clipping", "seed",
+    "learning_rate", "weight_decay", "beta1", "beta2", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "decay_ratio",
+    "decay_shape", "mixed_precision", "gradient_clipping", "freeze", "unfreeze", "unfreeze_blocks_every", "spike_factor",
+    "seed",
 )  # fmt: skip
 FORMAT = 1  # of the lock; another one is not compared
 COUNTED = (
@@ -38,7 +42,8 @@ COUNTED = (
 )  # fmt: skip
 UNCOUNTED = (  # within those: what another key tells better, and what changes no weight
     "components.callbacks", "recipe.data.path", "recipe.data.readers", "recipe.data.extractors", "recipe.data.chunk_overlap",
-    "recipe.train.logging_steps", "recipe.train.eval_steps", "recipe.train.save_steps",
+    "recipe.train.logging_steps", "recipe.train.eval_steps", "recipe.train.save_steps", "recipe.train.save_total_limit",
+    "recipe.train.gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -67,14 +72,14 @@ def identity(plan: Plan, data_fingerprint: str, named: Mapping[str, str]) -> str
 
     Components count by their options' values, however the recipe spells them, and named models by their `contents`.
     """
-    data, train = plan.recipe.data, plan.recipe.train
+    data, train = plan.recipe.data, plan.recipe.to_data()["train"]
     parts = {
         "documents": data_fingerprint,
         "data": {key: getattr(data, key) for key in DATA_KEYS} | {"chunk_overlap": plan.chunk_overlap.value},
         "reading": reading(plan, versions=False),
         "tokenizer": with_content(plan.model.tokenizer, named),
         "model": with_content(plan.model.model, named),
-        "train": {key: getattr(train, key) for key in TRAIN_KEYS} | {"global_batch": sequences_per_step(plan)},
+        "train": {key: train[key] for key in TRAIN_KEYS} | {"global_batch": sequences_per_step(plan)},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

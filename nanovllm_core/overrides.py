@@ -29,6 +29,7 @@ _SLOTS: Mapping[KeyPath, str] = MappingProxyType(
         ("kernels",): KERNELS,
         ("parallel",): COMPONENT,
         ("callbacks",): COMPONENT_LIST,
+        ("train", "freeze"): TEXT_LIST,
         ("generate", "prompts"): TEXT_LIST,
         ("generate", "stop"): TEXT_LIST,
     }

@@ -19,6 +19,7 @@ from attrs import field, frozen
 
 from nanovllm_core.contracts import OPERATIONS
 from nanovllm_core.errors import RecipeError, nearest
+from nanovllm_core.optimisation import Train as Train
 from nanovllm_core.options import INTERNAL, Bounds, above, at_least, below, shown
 from nanovllm_core.overrides import COMPONENT, COMPONENT_LIST, KERNELS, TEXT_LIST, override, slot
 from nanovllm_core.structure import line, structure
@@ -94,50 +95,6 @@ class Data:
     def _shorter_than_a_chunk(self, attribute: Any, value: int | None) -> None:
         if value is not None and value >= self.max_seq_length:
             raise ValueError(f"got {value}, below max_seq_length ({self.max_seq_length})")
-
-
-@frozen(kw_only=True)
-class Train:
-    """Optimisation, evaluation, saving.
-
-    learning_rate: the highest, reached after warm-up
-    weight_decay: AdamW's, on matrices
-    beta1: AdamW's decay of the mean gradient
-    beta2: AdamW's decay of the mean squared gradient
-    per_device_train_batch_size: sequences in one forward pass on one device
-    gradient_accumulation_steps: forward passes to one optimizer step
-    global_batch_size: sequences to one optimizer step over all devices; overrides gradient_accumulation_steps
-    num_train_epochs: passes over the documents
-    max_steps: stop after this many optimizer steps; null: as many as num_train_epochs needs
-    warmup_steps: optimizer steps in which the learning rate rises; null: 100, or a tenth of the run if less
-    lr_scheduler_type: how the learning rate falls after warm-up
-    mixed_precision: compute type; auto is bf16 on GPU and fp32 on CPU
-    gradient_clipping: largest global norm of the gradient; 0 is off
-    eval_steps: optimizer steps between evaluations; each checkpoint is evaluated too
-    save_steps: optimizer steps between checkpoints
-    save_total_limit: newest checkpoints that are kept, beside the best; null keeps all
-    logging_steps: optimizer steps between logged figures
-    seed: of new weights, the held-out split and the order of samples
-    """
-
-    learning_rate: float = field(default=5e-5, validator=above(0))
-    weight_decay: float = field(default=0.01, validator=at_least(0))
-    beta1: float = field(default=0.9, validator=[at_least(0), below(1)])
-    beta2: float = field(default=0.95, validator=[at_least(0), below(1)])
-    per_device_train_batch_size: int = field(default=2, validator=at_least(1))
-    gradient_accumulation_steps: int = field(default=4, validator=at_least(1))
-    global_batch_size: int | None = field(default=None, validator=at_least(1))
-    num_train_epochs: int | float = field(default=3, validator=above(0))
-    max_steps: int | None = field(default=None, validator=at_least(1))
-    warmup_steps: int | None = field(default=None, validator=at_least(0))
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    mixed_precision: Literal["auto", "bf16", "fp32"] = "auto"
-    gradient_clipping: float = field(default=1.0, validator=at_least(0))
-    eval_steps: int = field(default=500, validator=at_least(1))
-    save_steps: int = field(default=1000, validator=at_least(1))
-    save_total_limit: int | None = field(default=3, validator=at_least(1))
-    logging_steps: int = field(default=10, validator=at_least(1))
-    seed: int = field(default=42, validator=[at_least(0), below(2**63)])
 
 
 @frozen(kw_only=True)

@@ -1,11 +1,11 @@
-"""`metrics.jsonl`: one object a logged step and one an evaluation, for tools and plots."""
+"""`metrics.jsonl`: one object a logged step and one an evaluation, for tools and plots; the newest by source beside it."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from nanovllm_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from nanovllm_core.plan import Plan
+
+EVALUATION = "evaluation.json"
 
 
 @define
@@ -32,6 +34,8 @@ def _plain_name(instance: Any, attribute: Any, value: object) -> None:
 @frozen(kw_only=True, eq=False)
 class Metrics:
     """Writes metrics.jsonl into the output folder: one object a logged step or evaluation.
+
+    The newest evaluation by source goes to evaluation.json.
 
     file: its name, which ends in .jsonl
     """
@@ -63,6 +67,15 @@ class Metrics:
             with writing(path):
                 sync(path)
                 sync(path.parent)
+
+    @hookimpl
+    def evaluated_by_source(self, step: int, table: Sequence[Mapping[str, Any]]) -> None:
+        if self._open.path is not None:
+            path = self._open.path.with_name(EVALUATION)
+            partial = path.with_name(f".{EVALUATION}.partial")
+            with writing(path):
+                partial.write_text(json.dumps({"step": step, "sources": table}, indent=1) + "\n", encoding="utf-8")
+                os.replace(partial, path)
 
     def _write(self, line: Mapping[str, float]) -> None:
         path = self._open.path

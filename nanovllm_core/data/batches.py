@@ -57,11 +57,7 @@ class Batches:
 
     def step(self, position: int) -> Step:
         """This rank's part of the step that begins `position` sequences into the run."""
-        end = position + self.rows_per_step
-        if self.total is not None:
-            end = min(end, self.total)
-        if not 0 <= position < end:
-            raise ValueError(f"position {position} is outside the run's {self.total} sequences")
+        end = self._end(position)
         sequences = self.sequences(position, end)
         mine = _part(sequences, self.rank, self.world)
         turns = _turns(len(sequences), self.rows, self.world)
@@ -75,6 +71,16 @@ class Batches:
             micro_batches=micro, trained=trained, tokens=tokens, next_position=end, epoch=end / len(self.packing)
         )
 
+    def sources(self, position: int) -> Iterator[str]:
+        """Names of the sources in the step that begins there, over all ranks, each once."""
+        told: set[str] = set()
+        for sequence in self.sequences(position, self._end(position)):
+            for window in self.packing.sequence(int(sequence)):
+                for name in self.chunks.metadata(int(window))["source_files"]:
+                    if name not in told:
+                        told.add(name)
+                        yield name
+
     def sequences(self, begin: int, end: int) -> Int64:
         """Numbers of the sequences at positions [begin, end) of the run."""
         parts = []
@@ -85,19 +91,19 @@ class Batches:
             begin += len(part)
         return np.concatenate(parts)
 
+    def _end(self, position: int) -> int:
+        end = position + self.rows_per_step
+        if self.total is not None:
+            end = min(end, self.total)
+        if not 0 <= position < end:
+            raise ValueError(f"position {position} is outside the run's {self.total} sequences")
+        return end
+
     def _in_epoch(self, epoch: int) -> Int64:
         if epoch != self._epoch:
             bits = np.random.PCG64(np.random.SeedSequence([self.seed, 2, epoch])).random_raw(len(self.packing))
             self._epoch, self._order = epoch, np.argsort(bits, kind="stable").astype(np.int64)
         return self._order
-
-
-def held_out_batches(
-    chunks: Chunks, packing: Packing, *, rows: int, rank: int = 0, world: int = 1, device: str = "cpu"
-) -> Iterator[MicroBatch]:
-    """Every sequence once, in order: this rank's part, as many micro-batches on each rank."""
-    mine = _part(np.arange(len(packing), dtype=np.int64), rank, world)
-    return _micro_batches(chunks, packing, mine, _turns(len(packing), rows, world), rows, device)
 
 
 def _part(sequences: Int64, rank: int, world: int) -> Int64:
@@ -115,10 +121,11 @@ def _micro_batches(
     """`turns` micro-batches, so that ranks with fewer sequences take part in every exchange of a step."""
     for turn in range(turns):
         mine = sequences[turn * rows : (turn + 1) * rows]
-        yield _micro_batch(chunks, [int(w) for s in mine for w in packing.sequence(int(s))], device)
+        yield micro_batch(chunks, [int(w) for s in mine for w in packing.sequence(int(s))], device)
 
 
-def _micro_batch(chunks: Chunks, numbers: list[int], device: str) -> MicroBatch:
+def micro_batch(chunks: Chunks, numbers: list[int], device: str) -> MicroBatch:
+    """These windows end to end; without any, one token and nothing to learn."""
     pairs = [chunks.read(n) for n in numbers] or [(np.zeros(1, np.int64), np.full(1, IGNORE, np.int64))]
     lengths = tuple(len(tokens) for tokens, _ in pairs)
     targets = np.concatenate([t for _, t in pairs])

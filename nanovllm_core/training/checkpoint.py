@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from attrs import asdict, fields, frozen
+from attrs import asdict, field, fields, frozen
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class State:
     before: dict[str, float]  # held-out figures before the first step
     random: list[str]  # torch's CPU generator state, base64, one a rank
     evaluated: bool = True  # `metrics` are of this step; false: interrupted before its evaluation was made
+    progress: dict[str, dict[str, Any]] = field(factory=dict)  # of the loop: the best evaluation, bad steps
     format: int = FORMAT
 
 
@@ -181,9 +182,9 @@ def read_state(folder: Path) -> State:
         data: dict[str, Any] = read_json(folder / STATE)
         if (written := data.get("format")) != FORMAT:
             raise CheckpointError(f"{folder.name} has format {str(written)[:60]}, this version reads {FORMAT}")
-        for field in fields(State):
-            if field.name in data and not FITS[str(field.type)](data[field.name]):
-                raise ValueError(f"{field.name} is {str(data[field.name])[:60]!r}, expected {field.type}")
+        for a in fields(State):
+            if a.name in data and not FITS[str(a.type)](data[a.name]):
+                raise ValueError(f"{a.name} is {str(data[a.name])[:60]!r}, expected {a.type}")
         state = State(**data)
         if folder.name != f"checkpoint-{state.step}":
             raise ValueError(f"step is {state.step}")
@@ -192,11 +193,19 @@ def read_state(folder: Path) -> State:
     return state
 
 
+def _figures(value: Any) -> bool:
+    """Numbers, or lists of them, by name."""
+    if not isinstance(value, dict):
+        return False
+    return all(type(x) in (int, float) for item in value.values() for x in (item if isinstance(item, list) else [item]))
+
+
 FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
     {
         "int": lambda v: type(v) is int and 0 <= v < 1 << 63,
         "str": lambda v: isinstance(v, str),
         "bool": lambda v: isinstance(v, bool),
+        "dict[str, dict[str, Any]]": lambda v: isinstance(v, dict) and all(map(_figures, v.values())),
         "dict[str, float]": lambda v: isinstance(v, dict) and all(type(x) in (int, float) for x in v.values()),
         "list[str]": lambda v: isinstance(v, list) and v != [] and all(isinstance(x, str) for x in v),
     }
@@ -204,17 +213,26 @@ FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
 """Type of a field of State, as written there -> whether a value from JSON is of it."""
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Put the saved moments back, each beside its parameter. Raises CheckpointError when they do not belong to it."""
+def load_optimizer(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    named: Iterable[tuple[str, nn.Parameter]],
+    trained_from: Mapping[str, int] | None = None,
+) -> None:
+    """Put the saved moments back, each beside its parameter. Raises CheckpointError when they do not belong to it.
+
+    A parameter whose `trained_from` is above 0 may have none: it was frozen.
+    """
     try:
         saved = load_file(folder / MOMENTS)
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"{folder / MOMENTS}: {e}") from e
     for name, parameter in named:
+        found = {key: saved.pop(f"{key}:{name}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
         state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if (value := saved.pop(f"{key}:{name}", None)) is None:
-                raise CheckpointError(f"{folder}: has no {key} of {name}; it belongs to another model")
+        for key, value in found.items():
+            if value is None:
+                break
             needed = torch.Size() if key == "step" else parameter.shape
             if value.shape != needed or value.dtype != torch.float32:
                 raise CheckpointError(
@@ -222,6 +240,10 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, named: Iterab
                     "torch.float32; it belongs to another model"
                 )
             state[key] = value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
-        optimizer.state[parameter] = state
+        else:
+            optimizer.state[parameter] = state
+            continue
+        if state or not (trained_from or {}).get(name):
+            raise CheckpointError(f"{folder}: has no {key} of {name}; it belongs to another model")
     if saved:
         raise CheckpointError(f"{folder}: holds state of {min(saved)}, which this model does not have")

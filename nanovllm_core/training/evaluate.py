@@ -1,33 +1,65 @@
-"""Held-out figures of a model."""
+"""Held-out figures of a model: loss, perplexity and bits per byte, over all and by source."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
+from attrs import frozen
 
 from nanovllm_core.contracts import MicroBatch, Parallelized
 
+Figures = Mapping[str, float]
 
-def evaluate(model: Parallelized, batches: Iterable[MicroBatch], text_bytes: int) -> dict[str, float]:
-    """Loss (nats a token), perplexity and bits per byte over held-out batches.
 
-    `text_bytes`: UTF-8 bytes of all the text whose tokens are predicted, over all ranks; bits per byte compares models
-    with different vocabularies, which loss and perplexity cannot.
+class Row(Protocol):
+    """One line of the table by source."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text whose tokens are predicted, over all ranks."""
+        ...
+
+
+@frozen(kw_only=True)
+class Evaluation:
+    """What is held out. `batches()` gives it anew, each micro-batch with the row of `table` that it counts for."""
+
+    batches: Callable[[], Iterable[tuple[int, MicroBatch]]]
+    table: Sequence[Row]
+
+
+def evaluate(model: Parallelized, evaluation: Evaluation) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Figures over everything, and for each row of the table that has a token: source, tokens and its figures.
+
+    Each is weighted by token. Loss is in nats a token; bits per byte compares models with different vocabularies, which
+    loss and perplexity cannot. Logits are made and dropped a micro-batch (or a part of one) at a time.
     """
-    module = model.module
+    module, table = model.module, evaluation.table
+    sums = torch.zeros(len(table), 2, dtype=torch.float64)  # summed loss, tokens
     module.train(False)
     with torch.inference_mode():
-        loss, count = 0.0, 0
-        for micro in batches:
-            loss += float(module(micro.tokens, micro.batch, targets=micro.targets))
-            count += micro.trained
-        loss, trained = (float(v) for v in model.total(torch.tensor([loss, count], dtype=torch.float64)))
+        for row, micro in evaluation.batches():
+            loss = float(module(micro.tokens, micro.batch, targets=micro.targets))
+            sums[row] += torch.tensor([loss, micro.trained], dtype=torch.float64)
+        sums = model.total(sums)
     module.train(True)
-    mean = loss / max(1.0, trained)
+    rows = [(row, float(loss), int(tokens)) for row, (loss, tokens) in zip(table, sums.tolist(), strict=True)]
+    by_source = [{"source": r.source, "tokens": n, **figures(loss, n, r.text_bytes)} for r, loss, n in rows if n]
+    loss, tokens, size = sum(r[1] for r in rows), sum(r[2] for r in rows), sum(r.text_bytes for r in table)
+    return {f"eval_{name}": value for name, value in figures(loss, tokens, size).items()}, by_source
+
+
+def figures(loss: float, tokens: int, text_bytes: int) -> dict[str, float]:
+    """Mean loss, perplexity and bits per byte of a summed loss (nats)."""
+    mean = loss / max(1, tokens)
     return {
-        "eval_loss": mean,
-        "eval_perplexity": math.exp(mean) if mean < 700 else math.inf,
-        "eval_bits_per_byte": loss / math.log(2) / max(1, text_bytes),
+        "loss": mean,
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "bits_per_byte": loss / math.log(2) / max(1, text_bytes),
     }

@@ -6,19 +6,23 @@ accumulation, world size and packing change the arithmetic's order, never its me
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from attrs import frozen
+from attrs import asdict, evolve, fields_dict, frozen
 
-from nanovllm_core.contracts import MicroBatch, Parallelized, Step
+from nanovllm_core.contracts import Parallelized, Step
 from nanovllm_core.errors import TrainingError
+from nanovllm_core.training.best import Best, Patience
 from nanovllm_core.training.checkpoint import random_state
-from nanovllm_core.training.evaluate import evaluate
-from nanovllm_core.training.optimizer import adamw, rate
+from nanovllm_core.training.evaluate import Evaluation, evaluate
+from nanovllm_core.training.freezing import Freezing, freeze_until
+from nanovllm_core.training.guard import BadSteps, Guard
+from nanovllm_core.training.optimizer import adamw
+from nanovllm_core.training.recompute import recompute_blocks
+from nanovllm_core.training.schedule import Schedule
 from nanovllm_core.training.stop import StopRequest
 
 
@@ -26,38 +30,46 @@ from nanovllm_core.training.stop import StopRequest
 class Settings:
     """What the loop needs to know; lengths in optimizer steps."""
 
-    total_steps: int
+    schedule: Schedule
     learning_rate: float
     weight_decay: float
     betas: tuple[float, float]
-    warmup_steps: int
-    schedule: str
     clipping: float
     logging_steps: int
     eval_steps: int
     save_steps: int
+    gradient_checkpointing: bool = False
+    freezing: Freezing = Freezing()
+    bad_steps: BadSteps = BadSteps()
+    patience: Patience | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self.schedule.total
 
 
 class Steps(Protocol):
-    """The data of a run: `step(position)` gives the step that begins `position` sequences into it."""
+    """The data of a run, by position: how many sequences have been consumed."""
 
-    def step(self, position: int) -> Step: ...
+    def step(self, position: int) -> Step:
+        """The step that begins there."""
+        ...
+
+    def sources(self, position: int) -> Iterable[str]:
+        """Names of what that step's documents come from."""
+        ...
 
 
 class Events(Protocol):
     """Whom the loop tells (the callbacks' hooks)."""
 
+    def note(self, text: str) -> None: ...
+
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-
-@frozen(kw_only=True)
-class Evaluation:
-    """Held-out batches, made anew for each evaluation."""
-
-    batches: Callable[[], Iterable[MicroBatch]]
-    text_bytes: int
+    def evaluated_by_source(self, step: int, table: list[dict[str, Any]]) -> None: ...
 
 
 class Trainer:
@@ -74,11 +86,22 @@ class Trainer:
     ) -> None:
         self.stop = stop or StopRequest()
         self.model, self.steps, self.settings, self.events, self.evaluation = model, steps, settings, events, evaluation
+        if settings.patience is not None and evaluation is None:
+            raise TrainingError(
+                "train.early_stopping_patience: nothing is evaluated (data.eval_fraction is 0, or there is a single "
+                "document), so there is nothing to stop by; leave it out or hold documents out"
+            )
         self.step, self.position = 0, 0
         self.evaluated = False  # the held-out figures are of this step
         self.random = random_state()  # after this step: a step that is abandoned may have drawn from it
         self.metrics: dict[str, float] = {}  # the newest held-out figures
         self.before: dict[str, float] = {}  # those before the first step
+        self.best, self.guard = Best(), Guard(settings.bad_steps)
+        self.trained_from: dict[str, int] = {}  # parameters that may be frozen -> first step (0-based) that trains them
+        if settings.freezing:
+            self.trained_from = settings.freezing.trained_from(model.module, settings.total_steps)
+        if settings.gradient_checkpointing:
+            recompute_blocks(model.module)
         self.optimizer = adamw(
             model.module.named_parameters(),
             learning_rate=settings.learning_rate,
@@ -94,26 +117,26 @@ class Trainer:
         """
         s = self.settings
         self.model.module.train(True)
-        if not self.evaluated and self._due(self.step):
+        if self.step == 0 and not self.evaluated:
             self.evaluate()
-            if self.step == 0:
-                self.before = self.metrics
+            self.before = self.metrics
+        elif not self.evaluated and self._due(self.step):  # interrupted before it was made
+            self._is_enough()
         window = _Window()
-        while self.step < s.total_steps:
+        while self.step < s.total_steps and not self.best.exhausted(s.patience):
+            self._thaw()
             data = self.steps.step(self.position)
-            loss, norm, learning_rate = self._optimize(data)
+            metrics = self._optimize(data)
             self.step, self.position, self.evaluated = self.step + 1, data.next_position, False
             self.random = random_state()
             window.add(data)
             last = self.step == s.total_steps
-            if self.step % s.logging_steps == 0 or self.step == 1 or last:
-                metrics = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": norm, **window.close()}
-                self.events.step_done(
-                    step=self.step, metrics={**metrics, "epoch": data.epoch, "total_steps": s.total_steps}
-                )
+            if metrics and (self.step % s.logging_steps == 0 or self.step == 1 or last):
+                metrics |= {**window.close(), "epoch": data.epoch, "total_steps": s.total_steps}
+                self.events.step_done(step=self.step, metrics=metrics)
             with window.paused():
                 if self._due(self.step):
-                    self.evaluate()
+                    last |= self._is_enough()
                 if last or self.step % s.save_steps == 0:
                     save(self)
                 tick()
@@ -126,14 +149,59 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure the held-out documents, if there are any, and tell."""
         if self.evaluation is not None:
-            batches = self.stop.checked(self.evaluation.batches())
-            self.metrics = evaluate(self.model, batches, self.evaluation.text_bytes)
+            held_out = self.evaluation.batches
+            heeded = evolve(self.evaluation, batches=lambda: self.stop.checked(held_out()))
+            self.metrics, table = evaluate(self.model, heeded)
             self.evaluated = True
             self.events.evaluated(step=self.step, metrics=self.metrics)
+            self.events.evaluated_by_source(step=self.step, table=table)
 
-    def _optimize(self, data: Step) -> tuple[float, float, float]:
+    def progress(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint keeps of the loop beside step, position and figures: plain data."""
+        guard = {"skipped": self.guard.skipped, "row": self.guard.row, "losses": list(self.guard.losses)}
+        return {"best": asdict(self.best), "guard": guard}
+
+    def resume(self, progress: Mapping[str, Any], *, longer: bool) -> None:
+        """Go on from a checkpoint's `progress`, its optimizer state loaded. Over a `longer` run patience begins anew.
+
+        What was trained before stays so, even where a longer run would thaw it later.
+        """
+        self.best = Best(**{k: v for k, v in progress.get("best", {}).items() if k in fields_dict(Best)})
+        guard = progress.get("guard", {})
+        self.guard.skipped, self.guard.row = guard.get("skipped", 0), guard.get("row", 0)
+        self.guard.losses.extend(guard.get("losses", ()))
+        if longer:
+            self.best.waited = 0
+        for name, parameter in self.model.module.named_parameters():
+            if self.trained_from.get(name) and parameter in self.optimizer.state:
+                self.trained_from[name] = 0
+
+    def _is_enough(self) -> bool:
+        """Evaluate; whether the run ends here because nothing gets better."""
+        self.evaluate()
+        patience = self.settings.patience
+        if self.evaluation is not None:
+            self.best.hear(self.step, self.metrics["eval_loss"], patience.min_delta if patience else 0.0)
+        if not self.best.exhausted(patience):
+            return False
+        self.events.note(
+            text=f"stopping after {self.step} of {self.settings.total_steps} steps: {self.best.waited} evaluations without a "
+            f"better eval_loss (train.early_stopping_patience); the best was {self.best.eval_loss:.4f} at step {self.best.step}"
+        )
+        return True
+
+    def _thaw(self) -> None:
+        if not self.trained_from:
+            return
+        thawed = freeze_until(self.model.module, self.trained_from, self.step)
+        if thawed:
+            more = f", ..., {thawed[-1]}" if len(thawed) > 1 else ""
+            self.events.note(text=f"step {self.step + 1}: {len(thawed)} parameters thaw: {thawed[0]}{more}")
+
+    def _optimize(self, data: Step) -> dict[str, float]:
+        """One optimizer step: its figures; none where the step is left out."""
         s, model = self.settings, self.model
-        learning_rate = s.learning_rate * rate(s.schedule, self.step, total=s.total_steps, warmup=s.warmup_steps)
+        learning_rate = s.learning_rate * s.schedule.share(self.step)
         total: torch.Tensor | None = None
         for i, micro in enumerate(self.stop.checked(data.micro_batches), 1):
             with model.micro_batch(last=i == len(data.micro_batches)):
@@ -143,17 +211,16 @@ class Trainer:
         assert total is not None, "a step has at least one micro-batch"
         value = float(model.total(total))
         norm = float(model.clip(s.clipping))
-        if not math.isfinite(value + norm):
-            raise TrainingError(
-                f"step {self.step + 1}: the loss is {value} and the gradient norm {norm}; the weights were left as they "
-                f"were. Lower train.learning_rate (now {s.learning_rate}) or lengthen train.warmup_steps, and run again: "
-                "that is another run, which begins anew and moves what this one saved to previous/"
-            )
+        if bad := self.guard.accept(value, norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.events.note(text=self.guard.deal(self.step + 1, bad, self.steps.sources(self.position)))
+            return {}
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return value, norm, learning_rate
+        skipped = {"skipped_steps": self.guard.skipped} if self.guard.skipped else {}
+        return {"loss": value, "learning_rate": learning_rate, "gradient_norm": norm, **skipped}
 
 
 class _Window:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm_core.contracts import IGNORE, MicroBatch
-from nanovllm_core.data.batches import Batches, held_out_batches
+from nanovllm_core.data.batches import Batches
 from nanovllm_core.data.chunks import Chunks
 from nanovllm_core.data.packing import Packing, pack
 from nanovllm_core.data.store import open_or_build
@@ -109,13 +109,14 @@ def test_fractions_of_an_epoch(chunks: Chunks, packing: Packing) -> None:
         Batches(chunks, pack(np.empty(0, np.int32), 32, 0), seed=2, rows_per_step=1, rows=1)
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
-def test_evaluation_sees_every_window_once_in_order(chunks: Chunks, packing: Packing, world: int) -> None:
-    ranks = [list(held_out_batches(chunks, packing, rows=3, rank=r, world=world)) for r in range(world)]
-    assert len({len(r) for r in ranks}) == 1
-    seen = [s for r in ranks for m in r for s in spans(m)]
-    assert seen == [tuple(tuple(a.tolist()) for a in chunks.read(int(w))) for w in packing.windows]
-    assert sum(m.trained for r in ranks for m in r) == int(chunks.store.trained.sum())
+def test_the_sources_of_a_step_are_those_of_its_documents(chunks: Chunks, packing: Packing) -> None:
+    batches = Batches(chunks, packing, seed=2, rows_per_step=1, rows=1)
+    found = [set(batches.sources(position)) for position in range(len(packing))]
+    for position, names in enumerate(found):
+        windows = packing.sequence(int(batches.sequences(position, position + 1)[0]))
+        assert names == {chunks.metadata(int(w))["source_file"] for w in windows}
+    assert {"a"} in found
+    assert set(Batches(chunks, packing, seed=2, rows_per_step=99, rows=1).sources(0)) == {"a", "b"}
 
 
 def test_order_stays_over_versions(chunks: Chunks) -> None:

@@ -139,9 +139,16 @@ def test_another_type_where_one_is_expected(root, tmp_path, name):
                 assert "checkpoint-2" in said[0]
             else:  # a value that a run could have written
                 passed += 1
-                assert key in ("position", "total_steps", "identity", "tokenizer", "metrics", "before", "evaluated"), (
-                    key
-                )
+                assert key in (
+                    "position",
+                    "total_steps",
+                    "identity",
+                    "tokenizer",
+                    "metrics",
+                    "before",
+                    "evaluated",
+                    "progress",
+                ), key
                 assert type(value) is type(told[key])
     assert tried == len(WRONG) * (1 + len(told))
     assert passed <= (14 if name == "state.json" else 0)

@@ -1,34 +1,9 @@
-"""Schedules by their definition; AdamW by the textbook in float64."""
+"""AdamW by the textbook in float64."""
 
-import math
-
-import pytest
 import torch
 from torch import nn
 
-from nanovllm_core.training.optimizer import adamw, rate
-
-
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
-def test_warm_up_rises_to_the_peak_and_never_wastes_a_step(kind):
-    rates = [rate(kind, step, total=50, warmup=9) for step in range(50)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert max(rates) == rates[9] == 1.0
-    assert min(rates) > 0
-
-
-def test_the_decays():
-    assert [rate("linear", s, total=10, warmup=0) for s in range(10)] == pytest.approx([1 - s / 10 for s in range(10)])
-    assert rate("cosine", 25, total=50, warmup=0) == pytest.approx(0.5)
-    assert rate("cosine", 30, total=40, warmup=20) == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
-    assert {rate("constant", s, total=10, warmup=0) for s in range(10)} == {1.0}
-    with pytest.raises(ValueError, match="cosine, linear or constant"):
-        rate("step", 1, total=2, warmup=0)
-
-
-def test_a_warm_up_longer_than_the_run_still_rises():
-    rates = [rate("cosine", s, total=5, warmup=100) for s in range(5)]
-    assert rates == sorted(rates)
+from nanovllm_core.training.optimizer import adamw
 
 
 def test_adamw_is_the_textbook_and_spares_vectors_from_decay():
