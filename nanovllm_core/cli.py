@@ -1,4 +1,4 @@
-"""The command line: `nanovllm init | run | explain | analyze | plugins | schema | new | generate`.
+"""The command line: `nanovllm init | run | explain | estimate | analyze | plugins | schema | new | generate`.
 
 Thin: parse, call the core, print. A user's mistake is one message on standard error and exit code 2.
 """
@@ -97,7 +97,11 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="do what a recipe says", formatter_class=raw, description=RUN)
     explain = commands.add_parser("explain", help="show what a recipe would do, and why", formatter_class=raw)
-    for sub, command in ((run, do.run), (explain, do.explain)):
+    estimate = commands.add_parser(
+        "estimate", help="how much memory a recipe's training needs, by what holds it", formatter_class=raw
+    )
+    estimate.add_argument("--json", action="store_true", help="one object of bytes, for tools")
+    for sub, command in ((run, do.run), (explain, do.explain), (estimate, do.estimate)):
         sub.keys = True
         sub.add_argument("recipe", type=Path, help="a YAML file")
         sub.add_argument(

@@ -68,6 +68,14 @@ def explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def estimate(args: argparse.Namespace) -> int:
+    plan = _make_plan(args)
+    from nanovllm_core.memory_table import estimate, estimate_data
+
+    print(json.dumps(estimate_data(plan)) if args.json else estimate(plan).rstrip("\n"))
+    return 0
+
+
 def analyze(args: argparse.Namespace) -> int:
     from nanovllm_core.analyze import analyze_document_collection, said, table
 

@@ -10,6 +10,7 @@ import attrs
 from attrs import evolve
 
 from nanovllm_core.lock import sequences_per_step
+from nanovllm_core.memory_table import memory_lines, size_text
 from nanovllm_core.negotiate import Candidate, Choice
 from nanovllm_core.plan import Plan
 from nanovllm_core.recipe import Recipe
@@ -26,7 +27,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     recipe, model, machine = plan.recipe, plan.model, plan.machine
     shape, documents = model.shape, plan.data.documents
     sources = documents.all
-    yield f"machine       {machine.device} ({machine.device_name}), {_gb(machine.memory)} free"
+    yield f"machine       {machine.device} ({machine.device_name}), {size_text(machine.memory)} free"
     yield f"output        {plan.output_dir} ({recipe.text.places.get(('output_dir',)) or 'default'})"
     yield f"documents     {sources.path}: {documents.files} files, {documents.bytes:,} bytes"
     yield "              " + ", ".join(f"{n} {suffix or NO_SUFFIX}" for suffix, n in sorted(sources.suffixes.items()))
@@ -64,10 +65,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _settings("train", recipe, recipe.train)
     yield f"    sequences in a step: {sequences_per_step(plan)}"
     yield "memory        estimated for training, on one device"
-    for name, value in (*attrs.asdict(plan.memory).items(), ("total", plan.memory.total)):
-        yield f"    {name:<12}{_gb(value):>10}"
-    if plan.tight:
-        yield f"    {plan.tight}"
+    yield from (f"    {text}" for text in memory_lines(plan))
     yield "generate"
     yield from _settings("generate", recipe, recipe.generate)
     yield "callbacks"
@@ -121,7 +119,3 @@ def _settings(section: str, recipe: Recipe, values: Any, skip: tuple[str, ...] =
 def _value(value: Any) -> str:
     """As a recipe would write it."""
     return json.dumps(value, ensure_ascii=False, default=lambda v: attrs.asdict(v) if attrs.has(type(v)) else str(v))
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from attrs import field, frozen
 
 from nanovllm_core.options import above, at_least, below, between
-from nanovllm_core.training.freezing import Thaw, moment
+from nanovllm_core.training.freezing import Freezing, Thaw, moment
 
 
 @frozen(kw_only=True)
@@ -77,6 +77,11 @@ class Train:
     save_total_limit: int | None = field(default=3, validator=at_least(1))
     logging_steps: int = field(default=10, validator=at_least(1))
     seed: int = field(default=42, validator=[at_least(0), below(2**63)])
+
+    @property
+    def freezing(self) -> Freezing:
+        """What of the model is frozen, and until when."""
+        return Freezing(freeze=self.freeze, unfreeze=self.unfreeze, blocks_every=self.unfreeze_blocks_every)
 
     @warmup_ratio.validator
     def _one_warm_up(self, attribute: Any, value: float | None) -> None:

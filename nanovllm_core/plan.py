@@ -10,6 +10,7 @@ from pathlib import Path
 
 from attrs import frozen
 
+from nanovllm_core.budget import frozen_parameters, memory_of
 from nanovllm_core.contracts import (
     Accept,
     Decision,
@@ -21,7 +22,7 @@ from nanovllm_core.contracts import (
     Verdict,
 )
 from nanovllm_core.errors import BrokenComponent, RecipeError, RefusedError
-from nanovllm_core.estimate import Memory, training_memory
+from nanovllm_core.estimate import Memory
 from nanovllm_core.files import located
 from nanovllm_core.hooks import bind, bound, given
 from nanovllm_core.hookspecs import Callbacks, Kernels, Models, Parallel, Tokenizers
@@ -46,6 +47,7 @@ class ModelPlan:
     model: Choice
     shape: Shape
     dtype: str  # compute dtype
+    frozen: int  # parameters that are never trained
     parallel: Choice
     layout: Layout
     kernels: Mapping[str, Choice]  # by operation
@@ -106,7 +108,7 @@ def make_plan(recipe: Recipe, registry: Registry, machine: Machine | None = None
     outline = _outline(slots, parts, data.documents.bytes)
     for choice in (outline.model, outline.tokenizer):
         _refuse_own_output(choice, output_dir, recipe)
-    train, length = recipe.train, recipe.data.max_seq_length
+    length = recipe.data.max_seq_length
     if length > outline.shape.max_positions:
         raise RecipeError(
             f"{text.place(('data', 'max_seq_length'))}: data.max_seq_length: got {length}, at most "
@@ -120,7 +122,7 @@ def make_plan(recipe: Recipe, registry: Registry, machine: Machine | None = None
         data=data,
         model=model,
         callbacks=callbacks,
-        memory=training_memory(model.shape, tokens=length * train.per_device_train_batch_size, dtype=model.dtype),
+        memory=memory_of(recipe, machine, model.shape, model.dtype, model.frozen, model.layout),
         output_dir=output_dir,
         chunk_overlap=_overlap(recipe),
     )
@@ -248,12 +250,12 @@ def _answered(choice: Choice, hook: str, answer: object, expected: type) -> None
 def _placed(slots: Slots, parts: _Parts, outline: _Outline, machine: Machine, *, training: bool) -> ModelPlan:
     recipe, shape = slots.recipe, outline.shape
     dtype = _compute_dtype(recipe, machine)
-    tokens = recipe.data.max_seq_length * recipe.train.per_device_train_batch_size
+    frozen = frozen_parameters(recipe, bound(Models, outline.model.component), shape, dtype) if training else 0
     request = ParallelRequest(
         world_size=machine.world_size,
         device=machine.device,
         shape=shape,
-        memory_needed=training_memory(shape, tokens=tokens, dtype=dtype).total,
+        memory_needed=memory_of(recipe, machine, shape, dtype, frozen).total,
         memory_available=machine.memory,
     )
     asked, by = parts.parallel
@@ -273,6 +275,7 @@ def _placed(slots: Slots, parts: _Parts, outline: _Outline, machine: Machine, *,
         model=outline.model,
         shape=shape,
         dtype=dtype,
+        frozen=frozen,
         parallel=parallel,
         layout=layout,
         kernels=kernels,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from nanovllm_core.optimisation import Train
 from nanovllm_core.training.best import Patience
-from nanovllm_core.training.freezing import Freezing
 from nanovllm_core.training.guard import BadSteps
 from nanovllm_core.training.schedule import DECAY_RATIO, DECAY_SHAPE, Schedule
 from nanovllm_core.training.trainer import Settings
@@ -29,17 +28,12 @@ def settings_of(train: Train, total: int) -> Settings:
         eval_steps=train.eval_steps,
         save_steps=train.save_steps,
         gradient_checkpointing=train.gradient_checkpointing,
-        freezing=freezing_of(train),
+        freezing=train.freezing,
         bad_steps=BadSteps(
             skip=train.on_bad_step == "skip", in_a_row=train.max_bad_steps, spike_factor=train.spike_factor
         ),
         patience=None if patience is None else Patience(evaluations=patience, min_delta=train.early_stopping_min_delta),
     )
-
-
-def freezing_of(train: Train) -> Freezing:
-    """What of the model is frozen, and until when."""
-    return Freezing(freeze=train.freeze, unfreeze=train.unfreeze, blocks_every=train.unfreeze_blocks_every)
 
 
 def _warmup(train: Train, total: int) -> int:

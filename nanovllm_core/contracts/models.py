@@ -45,6 +45,7 @@ class Shape:
     parameters: int
     operations: tuple[str, ...]  # of OPERATIONS, those that the model calls; the rest it does by itself
     dtype: str = "float32"  # of the weights it starts from; the exported folder keeps it
+    qk_norm: bool = False  # query and key heads are normalised, so they are kept once more for the backward
     window: int | None = None  # some block's attention looks back at most this many tokens, the token itself included
     own_cache: bool = (
         False  # the module keeps what generation needs by itself (`CachingModule`), not as keys and values

@@ -123,7 +123,7 @@ def test_a_setting_never_drops_another_without_a_word(go):
 
 
 def test_a_loss_that_is_not_finite_says_what_the_next_run_will_do(go):
-    with pytest.raises(NanoError, match="another run, which begins anew and moves"):
+    with pytest.raises(NanoError, match="which is another run, begins anew and moves"):
         go("train.learning_rate=1e30", "train.max_steps=30", "train.gradient_clipping=0")
 
 

@@ -141,7 +141,8 @@ def test_what_has_thawed_stays_so_in_a_longer_run(tiny, tmp_path):
     def save(trainer):
         named = list(trainer.model.module.named_parameters())
         state = checkpoint.State(
-            step=6, position=6, total_steps=8, identity="a", tokenizer="b", metrics={}, before={}, random=[checkpoint.random_state()], progress={}
+            step=6, position=6, total_steps=8, identity="a", tokenizer="b", metrics={}, before={},
+            random=[checkpoint.random_state()], progress={},
         )  # fmt: skip
         if trainer.step == 6:
             checkpoint.save(tmp_path, state, checkpoint.snapshot(named, trainer.optimizer, named), lambda folder: None)
@@ -162,7 +163,8 @@ def test_state_that_only_a_frozen_parameter_may_lack(tiny, tmp_path):
     def save(trainer):
         named = list(trainer.model.module.named_parameters())
         state = checkpoint.State(
-            step=1, position=1, total_steps=1, identity="a", tokenizer="b", metrics={}, before={}, random=[checkpoint.random_state()]
+            step=1, position=1, total_steps=1, identity="a", tokenizer="b", metrics={}, before={},
+            random=[checkpoint.random_state()],
         )  # fmt: skip
         checkpoint.save(tmp_path, state, checkpoint.snapshot(named, trainer.optimizer, named), lambda folder: None)
 

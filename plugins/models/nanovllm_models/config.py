@@ -68,6 +68,7 @@ def outline(c: ModelConfig, *, dtype: str) -> Shape:
         parameters=sum(math.prod(shape) for shape in c.parameter_shapes().values()),
         operations=c.OPERATIONS,
         dtype=dtype,
+        qk_norm=isinstance(c, TransformerConfig) and c.qk_norm,
         window=c.window,
         limits=c.LIMITS,
     )

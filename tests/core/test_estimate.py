@@ -1,0 +1,130 @@
+"""The memory estimate against what a step really holds: every tensor that lives is counted, op by op."""
+
+import itertools
+import weakref
+
+import pytest
+import torch
+from attrs import evolve
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nanovllm_core.assemble import assemble
+from nanovllm_core.contracts import IGNORE, Batch
+from nanovllm_core.estimate import training_memory
+from nanovllm_core.machine import Machine
+from nanovllm_core.plan import plan_model
+from nanovllm_core.recipe import Recipe
+from nanovllm_core.registry import Registry
+from nanovllm_core.training.optimizer import adamw
+from nanovllm_core.training.recompute import recompute_blocks
+
+
+class Living(TorchDispatchMode):
+    """Bytes of all storages that operations make while it is on: now and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, {}
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes()
+        self.known[key] = size
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key):
+        self.now -= self.known.pop(key, 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.count(leaf)
+        return out
+
+
+def planned(size="tiny", vocabulary=1000, **options):
+    data = {"model": {"use": "preset", "size": size, **options}, "tokenizer": {"use": "bpe", "size": vocabulary}}
+    return plan_model(Recipe.from_data(data), Registry.from_environment(), Machine())
+
+
+def batch_of(lengths):
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    batch = Batch(positions=torch.cat([torch.arange(n) for n in lengths]), lengths=lengths, cu_seqlens=bounds)
+    tokens = torch.randint(0, 300, (sum(lengths),))
+    targets = tokens.roll(-1)
+    targets[bounds[1:] - 1] = IGNORE
+    return tokens, batch, targets
+
+
+MIXED, UNIFORM = (200, 120, 100, 80, 12), (128,) * 4
+CASES = [
+    ({"family": "qwen3"}, MIXED), ({"family": "qwen3"}, UNIFORM), ({"family": "llama", "tied": False}, MIXED),
+    ({"family": "llama", "kv_heads": 1, "intermediate": 2000}, UNIFORM), ({"vocabulary": 9000}, MIXED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("options", "lengths"), CASES)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_activations_are_what_autograd_saves(options, lengths, dtype, checkpointing):
+    plan = evolve(planned(**options), dtype=dtype)
+    module = assemble(plan, "cpu", seed=1, training=True).module
+    if checkpointing:
+        recompute_blocks(module)
+    own, saved = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens, batch, targets = batch_of(lengths)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = module(tokens, batch, targets=targets)
+    assert loss.isfinite()
+    kept, recomputed = (
+        training_memory(
+            plan.shape, tokens=len(tokens), dtype=dtype, mixed=lengths is MIXED, gradient_checkpointing=on
+        ).activations
+        for on in (False, True)
+    )
+    if checkpointing:  # counts the one block that is run again, which a forward does not hold
+        between = plan.shape.layers * len(tokens) * plan.shape.hidden * (2 if dtype == "bfloat16" else 4)
+        recomputed -= (kept - recomputed + between) // (plan.shape.layers - 1)
+    assert sum(saved.values()) == pytest.approx(recomputed if checkpointing else kept, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("options", "lengths"), CASES)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_total_is_the_most_that_lives_in_a_step(options, lengths, dtype, checkpointing, micro_batches):
+    plan = evolve(planned(**options), dtype=dtype)
+    living = Living()
+    with living:
+        module = assemble(plan, "cpu", seed=1, training=True).module
+        if checkpointing:
+            recompute_blocks(module)
+        optimizer = adamw(module.named_parameters(), learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+        for step in range(2):
+            if step:
+                living.most = 0
+            for _ in range(micro_batches):
+                tokens, batch, targets = batch_of(lengths)
+                module(tokens, batch, targets=targets).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    memory = training_memory(
+        plan.shape, tokens=sum(lengths), dtype=dtype, gradient_checkpointing=checkpointing, accumulates=micro_batches > 1,
+        mixed=lengths is MIXED,
+    )  # fmt: skip
+    print(living.most / 1e6, memory.total / 1e6, {k: round(v / 1e6, 1) for k, v in memory.moments.items()})
+    assert living.most == pytest.approx(memory.total, rel=0.05)
