@@ -41,7 +41,7 @@ def planned(options: dict, vocabulary: int, device: str, precision: str):
     from nanovllm_tokenizers.bpe import Bpe
 
     from nanovllm_core.machine import Machine
-    from nanovllm_core.plan import plan_model
+    from nanovllm_core.plan_model import plan_model
     from nanovllm_core.recipe import Recipe
     from nanovllm_core.registry import Registry
 

@@ -48,7 +48,7 @@ def ours(folder: Path, tokenizer: Path, work: Path) -> dict[str, float]:
 
     from nanovllm_core import Recipe, Registry
     from nanovllm_core.data.store import open_or_build
-    from nanovllm_core.plan import plan_data
+    from nanovllm_core.plan_data import plan_data
     from nanovllm_core.slots import Slots
 
     opened, registry = load(str(tokenizer)), Registry.from_environment()

@@ -13,7 +13,7 @@ from nanovllm_core.contracts import KernelRequest, Module, Ops, Parallelized, To
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hooks import bind
 from nanovllm_core.hookspecs import Kernels, Models, Parallel, Tokenizers
-from nanovllm_core.plan import ModelPlan
+from nanovllm_core.plan_model import ModelPlan
 
 
 def models_of(plan: ModelPlan) -> Models:

@@ -12,7 +12,7 @@ from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.generate import generate
 from nanovllm_core.inference.sampling import SamplingParams
 from nanovllm_core.machine import Machine
-from nanovllm_core.plan import plan_model
+from nanovllm_core.plan_model import plan_model
 from nanovllm_core.recipe import Recipe
 from nanovllm_core.registry import Registry
 

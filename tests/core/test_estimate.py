@@ -13,7 +13,7 @@ from nanovllm_core.assemble import assemble
 from nanovllm_core.contracts import IGNORE, Batch
 from nanovllm_core.estimate import training_memory
 from nanovllm_core.machine import Machine
-from nanovllm_core.plan import plan_model
+from nanovllm_core.plan_model import plan_model
 from nanovllm_core.recipe import Recipe
 from nanovllm_core.registry import Registry
 from nanovllm_core.training.optimizer import adamw

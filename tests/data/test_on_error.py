@@ -18,7 +18,7 @@ from nanovllm_core.data.ledger import BROKEN, EMPTY, UNREADABLE, Counts, Skipped
 from nanovllm_core.data.sources import Sources
 from nanovllm_core.data.store import open_or_build
 from nanovllm_core.errors import DataError, RecipeError
-from nanovllm_core.plan import plan_data
+from nanovllm_core.plan_data import plan_data
 from nanovllm_core.slots import Slots
 
 

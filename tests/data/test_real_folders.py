@@ -183,7 +183,7 @@ import sys
 sys.path[:] = {path!r}
 import resource
 from nanovllm_core import Recipe, Registry
-from nanovllm_core.plan import plan_data
+from nanovllm_core.plan_data import plan_data
 from nanovllm_core.slots import Slots
 from pathlib import Path
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -19,7 +19,7 @@ def whole(tmp_path_factory):
     """An exported model: the smallest preset that there is, in bfloat16."""
     from nanovllm_core import Recipe, Registry
     from nanovllm_core.assemble import assemble, models_of, tokenizer_of
-    from nanovllm_core.plan import plan_model
+    from nanovllm_core.plan_model import plan_model
     from nanovllm_core.training.export import export
 
     data = {"model": {"use": "preset", "size": "tiny"}, "tokenizer": {"use": "bpe", "size": 300}}

@@ -10,7 +10,7 @@ from nanovllm_core import LLM, Machine, Recipe, Registry, SamplingParams, hookim
 from nanovllm_core.assemble import assemble, models_of, tokenizer_of
 from nanovllm_core.contracts import Accept, ModelRef, Refuse
 from nanovllm_core.errors import OptionError, RecipeError, RefusedError, UnknownComponent
-from nanovllm_core.plan import plan_model
+from nanovllm_core.plan_model import plan_model
 from nanovllm_core.training.export import export
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)

@@ -9,7 +9,7 @@ from attrs import define, field, frozen
 from nanovllm_core.assemble import assemble
 from nanovllm_core.contracts import IGNORE, Batch, MicroBatch, Step
 from nanovllm_core.machine import Machine
-from nanovllm_core.plan import plan_model
+from nanovllm_core.plan_model import plan_model
 from nanovllm_core.recipe import Recipe
 from nanovllm_core.registry import Registry
 from nanovllm_core.training.evaluate import Evaluation

@@ -11,7 +11,7 @@ from nanovllm_core import LLM, Machine, Recipe, Registry, SamplingParams
 from nanovllm_core.assemble import assemble, models_of, tokenizer_of
 from nanovllm_core.contracts import Accept, Batch, Refuse
 from nanovllm_core.errors import ModelError, OptionError
-from nanovllm_core.plan import plan_model
+from nanovllm_core.plan_model import plan_model
 from nanovllm_core.testing import ModelContract
 from nanovllm_core.training.export import export
 
