@@ -148,7 +148,7 @@ def states(folder: Path, log: list[Entry], wanted: dict[str, Any], count: int, r
             disk.do(*entry)
         for _ in range(4):
             state = disk.crash(draw)
-            key = hashlib.sha256(repr(sorted(state.items())).encode()).digest()
+            key = hashlib.sha256(repr((disk.told, sorted(state.items()))).encode()).digest()
             if key in seen or len(seen) == count:
                 continue
             seen.add(key)

@@ -1,6 +1,7 @@
 """The short form of benchmarks/power_loss.py: no cut of the power leaves a run without what it had told was saved."""
 
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -65,3 +66,70 @@ def test_the_disk_keeps_what_was_synced_and_may_lose_all_else(disk):
     states = {tuple(sorted(state.items())) for state in left(disk)}
     assert states == {(("a", None), *rest) for rest in ((), (("a/x", b"old"),), (("a/x", b"new"),), (("a/y", b"new"),),
                       (("a/x", b"old"), ("a/y", b"new")))}  # fmt: skip
+
+
+WRITES = """\
+import pickle, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import operations
+from power_loss import Recorder
+from nanovllm_core.files import make_folder, replace_text, written_whole
+from nanovllm_core.output import mark_finished
+
+folder = Path(sys.argv[2])
+out, recorder = folder / "out", Recorder(folder)
+
+def told(step):
+    recorder.look()
+    recorder.log.append(("saved", step))
+
+operations.watch(folder, recorder.meet)
+make_folder(out)
+for text in ("old", "new"):
+    with written_whole(out / "model") as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "a").write_text(text * 100)
+    told(1 if text == "old" else 3)
+    replace_text(out / "note", text * 100)
+    told(2 if text == "old" else 4)
+(out / "best").mkdir()
+mark_finished(out, 1, {}, ["note"])
+told(5)
+Path(sys.argv[3]).write_bytes(pickle.dumps(recorder.log))
+"""
+
+
+@linux
+def test_each_way_of_writing_keeps_its_word(disk, tmp_path):
+    """Of every state after each operation: a folder is whole, old or new; so is a small file; a note comes last."""
+    from nanovllm_core.files import damage, recover
+
+    place, log = tmp_path / "place", tmp_path / "log"
+    place.mkdir()
+    subprocess.run([sys.executable, "-c", WRITES, BENCHMARKS, place, log], check=True)
+    from power_loss import lay
+
+    draw = random.Random(8)
+    for operation in pickle.loads(log.read_bytes()):
+        disk.do(*operation)
+        for _ in range(25):
+            state = disk.crash(draw)
+            lay(place, state)
+            out = place / "out"
+            if not out.exists():
+                assert disk.told == 0
+                continue
+            recover(out / "model")
+            model, note = out / "model" / "inner" / "a", out / "note"
+            assert model.exists() or disk.told < 1
+            assert not model.exists() or damage(out / "model") is None
+            assert not model.exists() or model.read_text() in ("old" * 100, "new" * 100)
+            assert disk.told < 3 or model.read_text() == "new" * 100
+            assert note.exists() or disk.told < 2
+            assert not note.exists() or note.read_text() in ("old" * 100, "new" * 100)
+            assert disk.told < 4 or note.read_text() == "new" * 100
+            finished = out / "finished.json"
+            assert finished.exists() or disk.told < 5
+            assert not finished.exists() or (out / "best").is_dir()
