@@ -29,7 +29,7 @@ from nanovllm_core.data.ledger import Skipped
 from nanovllm_core.errors import DataError
 from nanovllm_core.files import sync
 
-BATCH = 2_000_000  # characters tokenised at once
+BATCH = 1_000_000  # characters tokenised at once
 SAVE = 32_000_000  # characters between two notes
 WORKERS = 2
 NOTE = "progress.json"

@@ -26,7 +26,7 @@ from nanovllm_core.contracts import Document, Segment, Tokenizer
 from nanovllm_core.errors import DataError, NanoError
 
 RULES = 2  # raised whenever the same document and tokenizer would give other ids or marks
-GROUP = 2_000_000  # characters given to the tokenizer at once
+GROUP = 1_000_000  # characters given to the tokenizer at once
 LONG = 100_000  # characters; longer texts are cut
 TAIL = 50_000  # characters at the end of a part in which the cut is looked for
 HUGE = 8_000_000  # characters kept for want of a place to cut

@@ -241,5 +241,5 @@ def test_files_larger_than_what_memory_grows_by(tmp_path: Path, name: str) -> No
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     count, grown = map(int, out.split())
-    assert count == (24 if reader == "Txt" else 100_000)
+    assert count == (96 if reader == "Txt" else 100_000)
     assert grown < 40, f"{grown} MB for {len(data) >> 20} MB in one {'array' if reader == 'Json' else 'file'}"

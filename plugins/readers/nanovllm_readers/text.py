@@ -1,6 +1,6 @@
 """Plain text: one file, one document, its characters untouched (line ends included).
 
-A file of some megabytes is one record. A longer one comes in parts, so that its size does not matter; for that it is
+A file of up to a megabyte is one record. A longer one comes in parts, so that its size does not matter; for that it is
 read twice, because none of it may be given out before all of it is known to be text.
 """
 
@@ -17,7 +17,7 @@ from nanovllm_core.data.opening import Opened, Text, Undecodable, content_name, 
 from nanovllm_core.errors import DataError
 from nanovllm_core.hookspecs import hookimpl
 
-PART = 1 << 22  # bytes of a record
+PART = 1 << 20  # bytes of a record
 
 
 def _is_text_encoding(instance: Any, attribute: Any, value: object) -> None:
