@@ -100,7 +100,7 @@ class Service(ThreadingHTTPServer):
                 job.tell(state="finished")
             except NanoError as e:
                 job.tell(state="failed", error=str(e))
-            except Exception as e:  # a bug, ours or a plugin's: this run is over, the next one is not
+            except BaseException as e:  # a bug, ours or a plugin's: this run is over, the next one is not
                 traceback.print_exc()
                 job.tell(state="failed", error=f"{type(e).__name__}: {e}")
 
@@ -124,7 +124,8 @@ class Handler(BaseHTTPRequestHandler):
         parts, jobs = url.path.strip("/").split("/"), self.server.jobs
         if parts == ["runs"]:
             return self._answer(200, [job.told for job in jobs])
-        if parts[0] != "runs" or not parts[1].isdecimal() or not 1 <= int(parts[1]) <= len(jobs) or len(parts) > 3:
+        known = parts[0] == "runs" and len(parts) in (2, 3) and parts[2:] in ([], ["text"])
+        if not known or not parts[1].isdecimal() or not 1 <= int(parts[1]) <= len(jobs):
             return self._answer(404, {"error": f"GET {self.path}: there is /runs, /runs/N and /runs/N/text?prompt=..."})
         job = jobs[int(parts[1]) - 1]
         if len(parts) == 2:

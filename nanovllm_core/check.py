@@ -77,7 +77,7 @@ def _loaded_apart(entry: Entry, timeout: float) -> dict[str, Any]:
             code = process.wait(timeout + GRACE)
             ended = f"crashes its process ({_signal(-code)})" if code < 0 else f"ends its process (exit code {code})"
         except subprocess.TimeoutExpired:
-            ended = f"its import does not end within {timeout:g} s, and cannot be interrupted"
+            ended = f"does not end within {timeout:g} s, and cannot be interrupted,"
         finally:
             _kill(process)
         answer.seek(0)

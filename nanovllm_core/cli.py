@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from nanovllm_core import commands as do
 from nanovllm_core.errors import NanoError
@@ -80,6 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nanovllm: interrupted", file=sys.stderr)
         return 130
+
+
+def entry() -> NoReturn:
+    """The installed command: `main`, and an end even where a stranger's import has left a thread running."""
+    code = main()
+    left = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if left:
+        os._exit(code)
+    sys.exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -221,4 +235,4 @@ def _seconds(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

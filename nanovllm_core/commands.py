@@ -94,6 +94,8 @@ def plugins(args: argparse.Namespace) -> int:
 
         entries = registry.entries if args.component is None else [registry.labelled(args.component)]
         rows = check(registry, entries)
+    elif args.component is not None and args.json:
+        rows = [registry.row(registry.labelled(args.component))]
     elif args.component is not None:
         from nanovllm_core.manual import describe_component
 

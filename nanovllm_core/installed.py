@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.metadata import Distribution, EntryPoint, distributions
+from pathlib import Path
 from typing import Any
 
 from attrs import field, frozen
@@ -48,6 +49,9 @@ def installed() -> Iterator[Entry]:
     """Every component that is announced in this environment; of two distributions of one name the first on the path."""
     seen: set[str] = set()
     for dist in distributions():
+        if (folder := _folder_name(dist)) in seen:
+            continue
+        seen.update([folder] if folder else [])
         try:
             text = dist.read_text("entry_points.txt") or ""
             if GROUP not in text:
@@ -57,9 +61,20 @@ def installed() -> Iterator[Entry]:
             where = getattr(dist, "_path", "a distribution")
             yield Entry(kind="", name="", source=None, fault=f"{where}: its metadata cannot be read ({reason(e)})")
             continue
-        if name not in seen:
-            seen.add(name)
-            yield from _entries(text, name, version)
+        yield from _entries(text, name, version)
+
+
+def _folder_name(dist: Distribution) -> str:
+    """The distribution's name in normal form (PEP 503) by its metadata folder, cheaper than METADATA; empty if unknown."""
+    stem = Path(str(getattr(dist, "_path", ""))).stem  # NAME-VERSION, or NAME
+    return re.sub(r"[-_.]+", "-", stem.rpartition("-")[0] or stem).lower()
+
+
+def name_fault(name: str) -> str:
+    """Why a recipe cannot write this name; empty when it can."""
+    if not _NAME.fullmatch(name):
+        return f"its name {name!r} cannot be written in a recipe; allowed are letters, digits and _ . + -"
+    return f"its name {name!r} has a meaning of its own in a recipe" if name in RESERVED else ""
 
 
 def _name_and_version(dist: Distribution) -> tuple[str, str]:
@@ -95,8 +110,4 @@ def _fault(kind: str, name: str, equals: str, value: str) -> str:
         return f"{GROUP}{kind} is no group of components{nearest(kind, SPECS)} (kinds: {listed(SPECS)})"
     if not equals or not EntryPoint.pattern.match(value):
         return "its line in entry_points.txt is not `name = module:Class`"
-    if not _NAME.fullmatch(name):
-        return f"its name {name!r} cannot be written in a recipe; allowed are letters, digits and _ . + -"
-    if name in RESERVED:
-        return f"its name {name!r} has a meaning of its own in a recipe"
-    return ""
+    return name_fault(name)

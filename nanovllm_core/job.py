@@ -151,7 +151,7 @@ class Job:
         def save(trainer: Trainer) -> None:
             model = trainer.model
             named = model.module.named_parameters
-            held = lambda: checkpoint.snapshot(model.full_state(), trainer.optimizer, named())  # noqa: E731
+            held = lambda copy: checkpoint.snapshot(model.full_state(), trainer.optimizer, named(), copy)  # noqa: E731
             saver.save(self.state(trainer), held, size)
 
         try:

@@ -33,7 +33,10 @@ def describe_component(registry: Registry, label: str) -> str:
     cls = loaded if isinstance(loaded, type) else type(loaded)
     options = describe(cls)
     names = {option.name for option in options}
-    prose = [text for text in inspect.cleandoc(cls.__doc__ or "").splitlines() if text.partition(":")[0] not in names]
+    prose, told = [], False  # an option's meaning, and the indented lines that go on with it, stand in the table
+    for text in inspect.cleandoc(cls.__doc__ or "").splitlines():
+        told = text.partition(":")[0] in names or (told and text.startswith(" "))
+        prose += [] if told else [text]
     head = f"{entry.label} from {entry.distribution} {entry.version}".rstrip()
     table = list(_table(options, indent=2)) or ["  none"]
     return "\n".join([head, "", "\n".join(prose).strip(), "", "options:", *table]) + "\n"

@@ -92,6 +92,8 @@ def choose(
     accepted.sort(key=lambda pair: -pair[0].priority)
     best, winner = accepted[0]
     ties = [c.entry.full_name for a, c in accepted if a.priority == best.priority]
+    if len(ties) > len(set(ties)):
+        raise AmbiguousComponent(f"{slot}: {ties[0]} is named twice and accepts both times; name it once")
     if len(ties) > 1:
         raise AmbiguousComponent(
             f"{said}: {', '.join(sorted(ties))} accept with equal priority {best.priority}; name one of them"

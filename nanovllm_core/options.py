@@ -168,7 +168,11 @@ def public(component: object) -> dict[str, Any]:
     return {a.name: without_secrets(plain(getattr(component, a.name)), a.name) for a, _ in options_of(type(component))}
 
 
-SECRET = re.compile(r"(.*_)?(api_?key|secret|password|passwd|credentials?|access_?key|token)", re.IGNORECASE)
+SECRET = re.compile(
+    r"token|(.*_)?(api_?key|secret|password|passwd|credentials?|access_?key|(access|api|auth|bearer|hf|hub|refresh)_?token)",
+    re.IGNORECASE,
+)
+"""Names of options that are written as `***` and count for nothing; `eos_token` and the like are a tokenizer's, and do."""
 
 
 def without_secrets(value: Any, key: str = "") -> Any:

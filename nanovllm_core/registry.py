@@ -26,10 +26,12 @@ from nanovllm_core.errors import (
 )
 from nanovllm_core.hooks import verify
 from nanovllm_core.hookspecs import SPECS
+from nanovllm_core.installed import GROUP, installed, name_fault
 from nanovllm_core.installed import Entry as Entry
-from nanovllm_core.installed import installed
 from nanovllm_core.options import default_of, options_of
 from nanovllm_core.timelimit import Expired, time_limit
+
+HEAVY = ("torch", "transformers", "numpy")  # what cannot be imported again when an import of it was cut short
 
 
 @frozen(kw_only=True)
@@ -72,7 +74,7 @@ class Registry:
                     f"{kind!r} is no kind of component{nearest(kind, SPECS)} (kinds: {listed(SPECS)})"
                 )
             for name, source in components.items():
-                added.append(Entry(kind=kind, name=name, distribution="(given)", source=source))
+                added.append(Entry(kind=kind, name=name, distribution="(given)", source=source, fault=name_fault(name)))
         hidden = {(e.kind, e.name) for e in added}
         return evolve(self, entries=(*(e for e in self.entries if (e.kind, e.name) not in hidden), *added))
 
@@ -137,10 +139,17 @@ class Registry:
         return source
 
     def _import(self, point: EntryPoint) -> Any:
+        before = {name for name in HEAVY if name in sys.modules}
         try:
             with redirect_stdout(sys.stderr), time_limit(self.timeout):
                 return point.load()
         except Expired:
+            if spoilt := [name for name in HEAVY if name in sys.modules and name not in before]:
+                raise ComponentError(
+                    f"{point.group.removeprefix(GROUP)}:{point.name} ({point.value}): its import did not end within "
+                    f"{self.timeout:g} s and was stopped inside {spoilt[0]}, which a process can begin to import only once; "
+                    f"leave it out with --without {point.group.removeprefix(GROUP)}:{point.name}"
+                ) from None
             raise BrokenComponent(
                 f"its import does not end within {self.timeout:g} s (heavy imports belong inside methods)"
             ) from None
@@ -164,7 +173,7 @@ class Registry:
         state = "ok"
         try:
             summary = load() if load else self.summary(entry)
-        except BrokenComponent as error:
+        except ComponentError as error:
             state, summary = "broken", str(error)
         others = [
             o.full_name for o in self.of_kind(entry.kind) if o.name == entry.name and o is not entry and not o.fault

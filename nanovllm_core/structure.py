@@ -8,6 +8,7 @@ here is stricter. A nest of hooks raises one `_Problems` that gathers all proble
 from __future__ import annotations
 
 import inspect
+import math
 from collections import abc
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -159,9 +160,12 @@ def _number(value: Any) -> float:
     if type(value) is not int and type(value) is not float:
         raise _mismatch(value, float)
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:
         raise _problem("this number is too large") from None
+    if not math.isfinite(number):
+        raise _problem(f"got {number}, expected a finite number")
+    return number
 
 
 def _literal(value: Any, tp: Any) -> Any:

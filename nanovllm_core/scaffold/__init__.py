@@ -7,6 +7,7 @@ the conformance kit, not the fastest; the tests of this package write every kind
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.resources import files
@@ -70,7 +71,7 @@ def new(kind: str, name: str, folder: Path | None = None) -> Written:
         folder=folder,
         component=folder / "src" / names["package"] / "component.py",
         next_steps=(
-            f"cd {folder}",
+            f"cd {shlex.quote(str(folder))}",
             "pip install -e '.[test]'",
             "pytest",
             f"nanovllm plugins {kind}:{name}",

@@ -60,16 +60,17 @@ class Snapshot:
 
 
 def snapshot(
-    weights: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]
+    weights: Iterable[tuple[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    named: Iterable[tuple[str, nn.Parameter]],
+    copy: bool = True,
 ) -> Snapshot:
-    """What a checkpoint holds, copied tensor by tensor."""
-    return Snapshot(
-        {name: _copied(t) for name, t in weights}, {name: _copied(t) for name, t in _moments(optimizer, named)}
-    )
+    """What a checkpoint holds in host memory. Without `copy`, what is there already is not copied."""
 
+    def held(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=copy).contiguous()
 
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return Snapshot({name: held(t) for name, t in weights}, {name: held(t) for name, t in _moments(optimizer, named)})
 
 
 def save(

@@ -65,15 +65,19 @@ class Saver:
         """Whether a checkpoint is being written now."""
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, state: State, snapshot: Callable[[], Snapshot], size: int) -> None:
-        """Write a checkpoint of `size` bytes; returns when `snapshot()` is taken. Raises OutputError."""
+    def save(self, state: State, snapshot: Callable[[bool], Snapshot], size: int) -> None:
+        """Write a checkpoint of `size` bytes; returns when `snapshot(True)`, a copy, is taken. Raises OutputError.
+
+        Where a copy does not fit, `snapshot(False)` is written as it stands, and this returns when it is on disk.
+        """
         self.finish()
-        copy = snapshot()
+        copy = not 0 < self.free() < SPARE * size
         self._writing = state
-        room = self.free()
-        self._thread = threading.Thread(target=self._write, args=(state, copy), name=f"checkpoint-{state.step}")
+        self._thread = threading.Thread(
+            target=self._write, args=(state, snapshot(copy)), name=f"checkpoint-{state.step}"
+        )
         self._thread.start()
-        if 0 < room < SPARE * size:
+        if not copy:
             self.finish()
 
     def poll(self) -> None:

@@ -45,7 +45,7 @@ def make(tmp_path, training):
                 random=[checkpoint.random_state()], evaluated=evaluated,
             )  # fmt: skip
             named = list(model.named_parameters())
-            made.save(state, lambda: checkpoint.snapshot(named, optimizer, named), size=1000)
+            made.save(state, lambda copy: checkpoint.snapshot(named, optimizer, named, copy), size=1000)
 
         return made, told, save
 
