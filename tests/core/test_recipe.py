@@ -31,6 +31,7 @@ components = st.builds(
 )
 many = st.lists(components, max_size=3).map(tuple)
 counts = st.integers(1, 10**9)
+sequences = st.integers(1, 10**6)
 seeds = st.integers(0, 2**63 - 1)
 share = st.floats(0, 1, exclude_max=True)
 
@@ -64,8 +65,8 @@ recipes = st.builds(
         weight_decay=st.floats(0, 1e9),
         beta1=share,
         beta2=share,
-        per_device_train_batch_size=counts,
-        global_batch_size=st.none() | counts,
+        per_device_train_batch_size=sequences,
+        global_batch_size=st.none() | sequences,
         num_train_epochs=counts | st.floats(0, 1e3, exclude_min=True),
         max_steps=st.none() | counts,
         warmup_steps=st.none() | st.integers(0, 10**6),
