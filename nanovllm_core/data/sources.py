@@ -19,7 +19,6 @@ import stat
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
 from tempfile import SpooledTemporaryFile
 from typing import Protocol
 
@@ -206,7 +205,7 @@ def suffix_of(source: Source) -> str:
     """The last suffix of the name, lower case, with the dot (`.json.gz` where it is packed); empty without one."""
     name = source.name.lower()
     inner = content_name(name)
-    return PurePosixPath(inner).suffix + name[len(inner) :]
+    return os.path.splitext(inner)[1] + name[len(inner) :]
 
 
 def tally(counts: Counter[str], suffix: str) -> None:
@@ -245,7 +244,7 @@ def fingerprint(sources: Iterable[Source], progress: Progress | None = None, *, 
             raise DataError(f"{source.name}: is no file, so its content cannot be hashed")
         content = hashlib.sha256()
         try:
-            with Path(source.path).open("rb") as file:
+            with open(source.path, "rb") as file:
                 while piece := file.read(PIECE):
                     content.update(piece)
                     done += len(piece)
