@@ -110,7 +110,9 @@ def measure(case: str, device: str, precision: str, checkpointing: bool) -> dict
     import torch
 
     from nanovllm_core.estimate import training_memory
+    from nanovllm_core.heap import give_back
 
+    give_back()  # as `nanovllm run` does for what is measured here
     options, vocabulary, length, rows = CASES[case]
     plan = planned(options, vocabulary, device, precision)
     tiny = planned({"size": "tiny"}, 1000, device, precision)

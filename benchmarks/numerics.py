@@ -94,7 +94,7 @@ def main() -> None:
         sets += ["train.mixed_precision=fp32", "data.eval_fraction=0", "callbacks=[]", "train.warmup_ratio=0.1"]
         sets += ["train.warmup_steps=null"]
         plan = make_plan(Recipe.load(recipe_path, sets=sets), Registry.from_environment(), Machine())
-        corpus = prepare(plan, "x", count(plan, "x", Path(folder), plan.events()), Path(folder), plan.events())
+        corpus = prepare(plan, "x", {}, count(plan, "x", Path(folder), plan.events()), Path(folder), plan.events())
         rows = sequences_per_step(plan)
         data = batches(plan, corpus, rows, 0, 1)
         steps = [data.step(i * rows) for i in range(args.steps)]

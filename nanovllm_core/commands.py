@@ -41,10 +41,13 @@ def _make_plan(args: argparse.Namespace) -> Plan:
 
 def run(args: argparse.Namespace) -> int:
     plan = _make_plan(args)
+    from nanovllm_core.heap import WORTH, give_back
     from nanovllm_core.interrupt import Interrupt
     from nanovllm_core.runner import run
     from nanovllm_core.training.stop import StopRequest
 
+    if plan.machine.device == "cpu" and plan.memory.total >= WORTH:
+        give_back()
     stop = StopRequest()
     with Interrupt(stop, "the same command goes on from the newest checkpoint, if there is one") as interrupt:
         try:
