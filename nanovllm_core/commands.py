@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     plan = _make_plan(args)
     from nanovllm_core.heap import WORTH, give_back
     from nanovllm_core.interrupt import Interrupt
-    from nanovllm_core.runner import run
+    from nanovllm_core.runner import goes_on, run
     from nanovllm_core.training.stop import StopRequest
 
     if plan.machine.device == "cpu" and plan.memory.total >= WORTH:
@@ -56,9 +56,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"nanovllm: {e}", file=sys.stderr)
             return interrupt.code
         except KeyboardInterrupt:
-            saved = sorted(int(p.name[11:]) for p in plan.output_dir.glob("checkpoint-*") if p.name[11:].isdigit())
-            then = f"goes on from checkpoint-{saved[-1]}" if saved else "begins anew: no checkpoint was saved yet"
-            print(f"nanovllm: interrupted; the same command {then}", file=sys.stderr)
+            print(f"nanovllm: interrupted; the same command {goes_on(plan.output_dir)}", file=sys.stderr)
             return interrupt.code
     return 0
 

@@ -164,8 +164,7 @@ class Job:
             if trainer.step and not (self.folder / f"checkpoint-{trainer.step}").exists():
                 save(trainer)
             saver.finish()
-            where = f"goes on from checkpoint-{trainer.step}" if trainer.step else "begins anew: no step was done yet"
-            raise Interrupted(f"stopped; the same command {where}") from None
+            raise
         except BaseException:
             saver.settle()
             raise

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanovllm_core.corpus import count, phase, prepare
-from nanovllm_core.errors import RefusedError
+from nanovllm_core.errors import Interrupted, RefusedError
 from nanovllm_core.hookspecs import hookimpl
 from nanovllm_core.job import Job, asked_length, say_finished
 from nanovllm_core.lock import contents, identity, lock_of
@@ -22,7 +22,19 @@ def run(plan: Plan, callbacks: Sequence[object] = (), stop: StopRequest | None =
     again goes on from its newest sound checkpoint, or, when it is finished, changes nothing. Raises Interrupted when
     `stop.ask()` was called meanwhile, after saving what there is to save.
     """
-    stop = stop or StopRequest()
+    try:
+        return _run(plan, callbacks, stop or StopRequest())
+    except Interrupted:
+        raise Interrupted(f"stopped; the same command {goes_on(plan.output_dir)}") from None
+
+
+def goes_on(folder: Path) -> str:
+    """What the same command will do after an interruption."""
+    saved = [int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
+    return f"goes on from checkpoint-{max(saved)}" if saved else "begins anew: no checkpoint was saved yet"
+
+
+def _run(plan: Plan, callbacks: Sequence[object], stop: StopRequest) -> Path:
     events, folder = plan.events((*callbacks, _Heeds(stop))), plan.output_dir
     if plan.machine.world_size > 1:
         raise RefusedError(f"parallel: {plan.machine.world_size} processes were started; runs use one for now")
