@@ -45,7 +45,7 @@ class State:
     tokenizer: str  # its fingerprint
     metrics: dict[str, float]  # newest held-out figures
     before: dict[str, float]  # held-out figures before the first step
-    random: list[str]  # torch's CPU generator state, base64, one a rank
+    random: list[str]  # `random_state` of each rank
     evaluated: bool = True  # `metrics` are of this step; false: interrupted before its evaluation was made
     progress: dict[str, dict[str, Any]] = field(factory=dict)  # of the loop: the best evaluation, bad steps
     format: int = FORMAT
@@ -106,19 +106,27 @@ def seed_random_state(seed: int) -> None:
 
 
 def random_state() -> str:
-    """torch's CPU random state as text."""
-    return base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii")
+    """torch's random states as text: the CPU's, and this rank's CUDA device's where CUDA is used."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if _uses_cuda() else [])]
+    return " ".join(base64.b64encode(state.numpy().tobytes()).decode("ascii") for state in states)
 
 
 def set_random_state(text: str) -> None:
-    """Undo `random_state`. Raises CheckpointError for what is none."""
+    """Undo `random_state`; a CUDA device's part only where CUDA is used. Raises CheckpointError for what is none."""
     try:
-        torch.set_rng_state(torch.tensor(list(base64.b64decode(text, validate=True)), dtype=torch.uint8))
-    except (ValueError, RuntimeError) as e:
+        states = [torch.tensor(list(base64.b64decode(part, validate=True)), dtype=torch.uint8) for part in text.split()]
+        torch.set_rng_state(states[0])
+        if len(states) > 1 and _uses_cuda():
+            torch.cuda.set_rng_state(states[1])
+    except (ValueError, RuntimeError, IndexError) as e:
         raise CheckpointError(
             f"the saved random state is none of this version of torch ({str(e).splitlines()[0]}); go on with the version "
             "that saved it, or name another output_dir to begin anew"
         ) from e
+
+
+def _uses_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def newest(root: Path, tell: Callable[[str], None], identity: str | None = None) -> tuple[Path, State] | None:

@@ -72,6 +72,23 @@ def test_the_random_state_comes_back():
     assert torch.equal(first, torch.rand(5))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_random_state_of_a_gpu_comes_back():
+    torch.cuda.manual_seed(3)
+    torch.rand(7, device="cuda")
+    saved = checkpoint.random_state()
+    first = torch.rand(5, device="cuda")
+    checkpoint.set_random_state(saved)
+    assert torch.equal(first, torch.rand(5, device="cuda"))
+
+
+def test_the_state_of_a_gpu_is_passed_over_where_there_is_none():
+    saved = checkpoint.random_state().split()[0]
+    first = torch.rand(5)
+    checkpoint.set_random_state(f"{saved} {saved}" if not torch.cuda.is_initialized() else saved)
+    assert torch.equal(first, torch.rand(5))
+
+
 def test_the_newest_by_number_not_by_name(tmp_path):
     model, optimizer = trained(seed=1)
     for step in (9, 10, 100):
