@@ -12,9 +12,10 @@ unbroken run's. Exit code 1 where anything is not so.
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
+import json
 import os
-import pickle
 import random
 import shutil
 import time
@@ -96,11 +97,13 @@ def record(folder: Path) -> list[Entry]:
         operations.watch(folder, recorder.meet)
         code = tiny_run.run(folder)
         recorder.look()
-        (folder / "log.pickle").write_bytes(pickle.dumps(recorder.log))
+        text = json.dumps(recorder.log, default=lambda content: {"base64": base64.b64encode(content).decode()})
+        (folder / "log.json").write_text(text, encoding="utf-8")
         return code
 
     assert wait(child(act, folder / "last.log")) == 0, (folder / "last.log").read_text()
-    return pickle.loads((folder / "log.pickle").read_bytes())
+    text = (folder / "log.json").read_text(encoding="utf-8")
+    return list(map(tuple, json.loads(text, object_hook=lambda held: base64.b64decode(held["base64"]))))
 
 
 def lay(folder: Path, state: dict[str, bytes | None]) -> None:
