@@ -18,6 +18,7 @@ CUT, BATCHED, SPLIT = (
     "tests/data/test_batches.py",
     "tests/data/test_documents.py",
 )
+LEDGER, LENIENT = CORE + "data/ledger.py", "tests/data/test_on_error.py"
 STRICT, READERS = "plugins/readers/nanovllm_readers/strict.py", "tests/readers/test_readers.py"
 TRAINER, EVALUATE, LOOP = CORE + "training/trainer.py", CORE + "training/evaluate.py", "tests/training/test_trainer.py"
 KERNELS = "plugins/kernels/nanovllm_kernels/torch_attention.py"
@@ -70,10 +71,10 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
         "            if False:",
         CORRUPT,
     ),
-    "sizes alone are believed of a missing file": (
+    "a missing file is not named": (
         FILES,
         '            return f"{name} is missing"',
-        "            return None",
+        '            return f"{folder} is missing"',
         CORRUPT,
     ),
     "links are followed": (FILES, "if path.resolve() != path or root not in path.parents", "if False", HOSTILE),
@@ -193,6 +194,36 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
         "tests/data",
     ),
     "a key given twice passes": (STRICT, "if len(result) != len(pairs):", "if False:", READERS),
+    "a NUL in a text passes": (
+        CORE + "data/decoding.py",
+        'if self._nul or "\\0" not in text:',
+        "if True:",
+        READERS,
+    ),
+    "the rest of a file weighs nothing": (
+        LEDGER,
+        "self.lost + self.packed > allow * self.size",
+        "False",
+        LENIENT,
+    ),
+    "a compressed file's rest weighs nothing": (
+        LEDGER,
+        "self.lost + self.packed > allow * self.size",
+        "self.lost > allow * self.size",
+        LENIENT,
+    ),
+    "the rest of a file begins at the damage": (
+        "plugins/readers/nanovllm_readers/json.py",
+        "begins = self.begins if last else None",
+        "begins = None",
+        LENIENT,
+    ),
+    "bytes that are no text pass in a JSON array": (
+        "plugins/readers/nanovllm_readers/window.py",
+        "if self._file.spoilt and (found",
+        "if False and (found",
+        "tests/readers/test_formats.py",
+    ),
     "half a surrogate pair passes": (STRICT, "(deep or _SURROGATE.search(text, start, end))", "deep", READERS),
     # ------------------------------------------------------------ the step
     "the mean of micro-batch means": (

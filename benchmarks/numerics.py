@@ -27,7 +27,6 @@ from nanovllm_core.assemble import assemble, models_of
 from nanovllm_core.contracts import IGNORE, Step
 from nanovllm_core.corpus import batches, count, prepare
 from nanovllm_core.demo import init
-from nanovllm_core.lock import sequences_per_step
 from nanovllm_core.settings import settings_of
 from nanovllm_core.training.trainer import Settings, Trainer
 
@@ -95,7 +94,7 @@ def main() -> None:
         sets += ["train.warmup_steps=null"]
         plan = make_plan(Recipe.load(recipe_path, sets=sets), Registry.from_environment(), Machine())
         corpus = prepare(plan, "x", {}, count(plan, "x", Path(folder), plan.events()), Path(folder), plan.events())
-        rows = sequences_per_step(plan)
+        rows = plan.sequences_per_step.value
         data = batches(plan, corpus, rows, 0, 1)
         steps = [data.step(i * rows) for i in range(args.steps)]
         s, heard = settings_of(plan.recipe.train, args.steps), Losses()

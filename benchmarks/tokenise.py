@@ -63,7 +63,7 @@ def prepared(folder: Path, tokenizer: Path | None, work: Path) -> dict[str, floa
     import tokenizers  # noqa: F401
     import torch  # noqa: F401
 
-    from nanovllm_core import Machine, Recipe, Registry, corpus, make_plan
+    from nanovllm_core import Machine, Recipe, Registry, corpus, lock, make_plan
 
     recipe = Recipe.from_data({
         "data": {"path": str(folder), "max_seq_length": 1024},
@@ -78,7 +78,7 @@ def prepared(folder: Path, tokenizer: Path | None, work: Path) -> dict[str, floa
     events = plan.events()
     fingerprint = plan.data.documents.fingerprint()
     found = corpus.count(plan, fingerprint, work / "tokens", events)
-    made = corpus.prepare(plan, fingerprint, found, work / "tokens", events)
+    made = corpus.prepare(plan, fingerprint, lock.contents(plan), found, work / "tokens", events)
     next(iter(corpus.batches(plan, made, 8, 0, 1).step(0).micro_batches))
     return {"seconds": time.perf_counter() - begin, "peak_mb": peak_mb(), "imports_mb": before}
 

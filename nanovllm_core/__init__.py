@@ -13,8 +13,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanovllm_core.analyze import analyze_document_collection
     from nanovllm_core.contracts import Document, Record, Source
     from nanovllm_core.errors import NanoError
+    from nanovllm_core.estimate_model import estimate_training_memory
     from nanovllm_core.hookspecs import hookimpl
     from nanovllm_core.inference.sampling import SamplingParams
     from nanovllm_core.llm import LLM
@@ -36,6 +38,8 @@ _HOMES = MappingProxyType(
         "Registry": "registry",
         "SamplingParams": "inference.sampling",
         "Source": "contracts",
+        "analyze_document_collection": "analyze",
+        "estimate_training_memory": "estimate_model",
         "hookimpl": "hookspecs",
         "make_plan": "plan",
         "run": "runner",
@@ -44,7 +48,7 @@ _HOMES = MappingProxyType(
 
 __all__ = [
     "LLM", "Document", "Machine", "NanoError", "Plan", "Recipe", "Record", "Registry", "SamplingParams", "Source",
-    "hookimpl", "make_plan", "run",
+    "analyze_document_collection", "estimate_training_memory", "hookimpl", "make_plan", "run",
 ]  # fmt: skip
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import attrs
 
-from nanovllm_core.contracts import Document, Source, Tokenizer
+from nanovllm_core.contracts import Damage, Document, Source, Tokenizer
+from nanovllm_core.data.decoding import Nul, Text, Undecodable
 from nanovllm_core.data.documents import Documents
-from nanovllm_core.data.ledger import Skipped
-from nanovllm_core.data.opening import MARKS, Text, Undecodable, opened
+from nanovllm_core.data.ledger import EMPTY, UNREADABLE, Skipped
+from nanovllm_core.data.opening import MARKS, opened
 from nanovllm_core.data.sources import Progress
 from nanovllm_core.errors import DataError
 from nanovllm_core.hooks import bind
@@ -47,9 +48,9 @@ def analyze_document_collection(
 
     `tokenizer`: a folder or hub name, or a ready one. Keys: total_documents, total_characters, total_bytes, total_words,
     file_types (suffix -> files), files (path, documents, characters, avg_length of each), encodings (-> files), duplicates,
-    skipped (kind -> records), skipped_records (the first 1,000, with place and reason), left_out (sentences), tokens (None
-    without a tokenizer), suggested (key of `data` -> value and reason). Raises DataError when there is nothing at `path`,
-    ModelError for a tokenizer that cannot be opened.
+    skipped (kind -> records), skipped_records (the first 1,000, with place and reason), loss (what is lost with unreadable
+    files, in bytes), left_out (sentences), tokens (None without a tokenizer), suggested (key of `data` -> value and reason).
+    Raises DataError when there is nothing at `path`, ModelError for a tokenizer that cannot be opened.
     """
     registry = registry or Registry.from_environment()
     recipe = Recipe.from_data({"data": {"path": str(path), "on_error": "skip", "max_errors": 1 << 62}})
@@ -101,6 +102,7 @@ class _Analysis:
             "duplicates": _duplicates(self.documents),
             "skipped": dict(counts.skipped),
             "skipped_records": [attrs.asdict(s) for s in self.skipped],
+            "loss": {"bytes": counts.lost, "of": counts.size, "of_compressed": counts.packed, "text": counts.loss},
             "left_out": list(self.plan.left_out),
             "tokens": {"total": sum(tokens), **_spread(tokens)} if tokenizer else None,
             "suggested": _suggested(tokens if tokenizer else self.lengths, bool(tokenizer)) if counts.documents else {},
@@ -143,12 +145,14 @@ def _encoding(source: Source) -> str:
     """What the first bytes of a file's content are."""
     try:
         with opened(source) as content:
-            text = Text(content).read(SIGHT)
+            text = Text(content, nul=False).read(SIGHT)
             if content.start:
                 return f"{next(c for _, c in MARKS if c == content.codec)} with a byte order mark"
             return "ascii" if text.isascii() else "utf-8"
-    except Undecodable:
-        return "no UTF-8"
+    except Undecodable as e:
+        if e.guess:
+            return f"probably {e.guess} without a byte order mark"
+        return "no text: it has NUL characters" if isinstance(e, Nul) else "no UTF-8"
     except (OSError, DataError):
         return "unreadable"
 
@@ -236,6 +240,8 @@ def _lines(found: dict[str, Any], files: int) -> Iterator[str]:
     yield f"skipped      {_counted(found['skipped']) or 'nothing'}"
     for record in found["skipped_records"][:5]:
         yield f"             {_record(record)}"
+    if told := found["loss"]["text"]:
+        yield f"lost         {told}, with unreadable files"
     for text in found["left_out"]:
         yield f"left out     {text}"
     if tokens := found["tokens"]:
@@ -260,11 +266,10 @@ def _lines(found: dict[str, Any], files: int) -> Iterator[str]:
 
 
 def _record(record: dict[str, Any]) -> str:
-    name, reason = record["source"], record["reason"]
-    if reason.startswith(name):
-        return str(reason)
-    place = f"{name}:{record['line']}:{record['byte']}" if record["line"] else f"{name}[{record['index']}]"
-    return f"{place}: {reason}"
+    name, line, index, byte, reason = (record[key] for key in ("source", "line", "index", "byte", "reason"))
+    if record["kind"] in (UNREADABLE, EMPTY) and not (line or index or byte):
+        return f"{name}: {reason}"
+    return Damage(name, reason, line, index, byte).message
 
 
 def _counted(counts: dict[str, int], unnamed: str = "") -> str:

@@ -14,6 +14,7 @@ from nanovllm_core.errors import ModelError
 from nanovllm_core.hooks import bind
 from nanovllm_core.hookspecs import Kernels, Models, Parallel, Tokenizers
 from nanovllm_core.plan_model import ModelPlan
+from nanovllm_core.training.sharding import part, spread_as
 
 
 def models_of(plan: ModelPlan) -> Models:
@@ -44,6 +45,7 @@ def assemble(
     seed: int,
     training: bool,
     weight: Callable[[str], Tensor] | None = None,
+    mesh: Any = None,
 ) -> Parallelized:
     """The model on `device`: fp32 masters to train, the compute dtype to generate.
 
@@ -53,18 +55,32 @@ def assemble(
     with torch.device("meta"):
         module = models.build(shape=shape, ops=load_ops(plan, device, training=training))
     strategy = bind(Parallel, [(plan.parallel.entry.full_name, plan.parallel.component)])
-    parallelized = strategy.parallelize(module=module, layout=plan.layout, mesh=None)
+    parallelized = strategy.parallelize(module=module, layout=plan.layout, mesh=mesh)
     dtype = torch.float32 if training else getattr(torch, plan.dtype)
     give = weight or (lambda name: models.weight(shape=shape, name=name, seed=seed))
     # A copy: what a component gives may be a view of the file or of its own cache, and training writes in place.
-    fill(parallelized.module, lambda name: give(name).to(device, dtype, copy=True), device)
+    fill(parallelized.module, give, device, lambda mine: mine.to(device, dtype, copy=True).contiguous())
+    parallelized.ready()
     parallelized.module.train(training)
     return parallelized
 
 
-def fill(module: Module, weight: Callable[[str], Tensor], device: str) -> None:
-    """Replace every meta parameter by `weight(name)`; a parameter that stands in several places stays one.
+def opened(plan: ModelPlan, device: str, weight: Callable[[str], Tensor]) -> Module:
+    """The model on one device to generate with, whatever strategy the plan has."""
+    with torch.device("meta"):
+        module = models_of(plan).build(shape=plan.shape, ops=load_ops(plan, device, training=False))
+    dtype = getattr(torch, plan.dtype)
+    fill(module, weight, device, lambda value: value.to(device, dtype, copy=True))
+    module.train(False)
+    return module
 
+
+def fill(
+    module: Module, weight: Callable[[str], Tensor], device: str, place: Callable[[Tensor], Tensor] = Tensor.contiguous
+) -> None:
+    """Replace every meta parameter by this rank's part of `weight(name)`; one that stands in several places stays one.
+
+    `place` makes the part a tensor of the module's own.
     Buffers hold what the module computed when it was built, and move to the device.
     """
     assert isinstance(module, nn.Module)
@@ -84,7 +100,7 @@ def fill(module: Module, weight: Callable[[str], Tensor], device: str) -> None:
         value = weight(name)
         if value.shape != old.shape:
             raise ModelError(f"{name}: got shape {tuple(value.shape)}, the model needs {tuple(old.shape)}")
-        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        new = nn.Parameter(spread_as(old, place(part(value, old))), requires_grad=old.requires_grad)
         for owner, key in places[id(old)]:
             owner._parameters[key] = new
 

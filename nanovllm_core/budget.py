@@ -43,5 +43,6 @@ def frozen_parameters(recipe: Recipe, models: Models, shape: Shape, dtype: str) 
     try:
         first = freezing.trained_from(module, total=NEVER)
     except RecipeError as e:
-        raise RecipeError(f"{recipe.text.place(('train',))}: {e}") from None
+        said = next((k for k in ("freeze", "unfreeze", "unfreeze_blocks_every") if str(e).startswith(f"train.{k}")), "")
+        raise RecipeError(f"{recipe.text.place(('train', said))}: {e}") from None
     return sum(p.numel() for name, p in module.named_parameters() if first[name] >= NEVER)

@@ -62,8 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may write what a terminal's encoding cannot
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # what is short is written only here
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        _let_go()
+        return 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
+    args.again = list(sys.argv[1:] if argv is None else argv)[1:]  # for processes that this one starts
     if args.version:
         import nanovllm_core
 
@@ -77,12 +89,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NanoError as e:
         print(f"nanovllm: {e}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        sys.stderr.close()
-        return 1
     except KeyboardInterrupt:
         print("nanovllm: interrupted", file=sys.stderr)
         return 130
+
+
+def _let_go() -> None:
+    """Point a stream whose reader went away at nothing, so that what it still holds is not tried again at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())
+            os.close(nothing)
 
 
 def entry() -> NoReturn:
@@ -140,6 +160,14 @@ def _parser() -> argparse.ArgumentParser:
             help="refuse to go on if anything that changes the result differs from this plan.lock.json of an earlier run",
         )
         sub.set_defaults(command=command)
+
+    run.add_argument(
+        "--nproc", metavar="N", help="train in N processes of this machine, or `gpu`: one on each of its GPUs"
+    )
+    run.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="with --nproc: start again from the newest checkpoint when a "
+        "process fails, at most so often (default: 0)",
+    )  # fmt: skip
 
     analyze = commands.add_parser("analyze", help="show what a folder of documents holds, and what is wrong with it")
     analyze.add_argument("path", help="a file or folder of documents")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from nanovllm_core.errors import Interrupted
+from attrs import evolve
+
+from nanovllm_core.errors import Elsewhere, Interrupted, NanoError
 
 if TYPE_CHECKING:
+    from nanovllm_core.machine import Machine
     from nanovllm_core.plan import Plan
     from nanovllm_core.registry import Row
+    from nanovllm_core.training.world import World
 
 
 def init(args: argparse.Namespace) -> int:
@@ -24,14 +29,14 @@ def init(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make_plan(args: argparse.Namespace) -> Plan:
+def _make_plan(args: argparse.Namespace, machine: Callable[[], Machine] | None = None) -> Plan:
     from nanovllm_core.recipe import Recipe
 
     recipe = Recipe.load(args.recipe, sets=args.sets)
     from nanovllm_core.plan import make_plan
     from nanovllm_core.registry import Registry
 
-    plan = make_plan(recipe, Registry.from_environment(without=args.without))
+    plan = make_plan(recipe, Registry.from_environment(without=args.without), machine)
     if args.locked:
         from nanovllm_core.lock import refuse_drift
 
@@ -40,25 +45,59 @@ def _make_plan(args: argparse.Namespace) -> Plan:
 
 
 def run(args: argparse.Namespace) -> int:
-    plan = _make_plan(args)
-    from nanovllm_core.heap import WORTH, give_back
+    if args.nproc is not None and "WORLD_SIZE" not in os.environ:
+        from nanovllm_core.launch import launch
+
+        return launch(["run", *args.again], args.nproc, args.max_restarts)
+    if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        return _run(args)
+    from nanovllm_core.training.world import World
+
+    world = World.join()
+    try:
+        return _run(args, world)
+    except NanoError as e:
+        world.fail(e)
+        if world.may_speak():
+            text = str(e) if isinstance(e, Elsewhere) else f"rank {world.rank}: {e}"
+            print(f"nanovllm: {text}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace, world: World | None = None) -> int:
     from nanovllm_core.interrupt import Interrupt
-    from nanovllm_core.runner import goes_on, run
     from nanovllm_core.training.stop import StopRequest
 
-    if plan.machine.device == "cpu" and plan.memory.total >= WORTH:
-        give_back()
     stop = StopRequest()
-    with Interrupt(stop, "the same command goes on from the newest checkpoint, if there is one") as interrupt:
+    hint = "the same command goes on from the newest checkpoint, if there is one"
+    with Interrupt(stop, hint, speaks=world is None or world.first) as interrupt:
+        from nanovllm_core.machine import Machine
+
+        plan = _make_plan(args, lambda: _smallest(Machine.detect(), world))
+        from nanovllm_core.heap import WORTH, give_back
+        from nanovllm_core.runner import goes_on, run
+
+        if plan.machine.device == "cpu" and plan.memory.total >= WORTH:
+            give_back()
+        interrupt.begun = True
         try:
-            run(plan, stop=stop)
+            run(plan, stop=stop, world=world)
         except Interrupted as e:
-            print(f"nanovllm: {e}", file=sys.stderr)
-            return interrupt.code
+            said = str(e)
         except KeyboardInterrupt:
-            print(f"nanovllm: interrupted; the same command {goes_on(plan.output_dir)}", file=sys.stderr)
-            return interrupt.code
-    return 0
+            said = f"interrupted; the same command {goes_on(plan.output_dir)}"
+        else:
+            return 0
+        if world is None or world.first:
+            print(f"nanovllm: {said}", file=sys.stderr)
+        return interrupt.code
+
+
+def _smallest(machine: Machine, world: World | None) -> Machine:
+    """The machine as every rank plans for it: with the memory of the rank that has least."""
+    if world is None:
+        return machine
+    return evolve(machine, memory=min(world.everyone("memory", machine.memory)))
 
 
 def explain(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from nanovllm_core.plan import Plan
 from nanovllm_core.training.evaluate import Evaluation
 
 LEDGER = "skipped.jsonl"
+FORWARD = 3  # a training step is about three times the work of a forward
 
 
 @frozen(kw_only=True, eq=False)
@@ -66,6 +67,7 @@ def count(plan: Plan, fingerprint: str, folder: Path, events: Callbacks) -> Foun
             found = Found(counts, np.array(documents.contents, np.uint64))
     counts = found.counts
     skipped = "".join(f", {n:,} skipped ({why})" for why, n in counts.skipped.items())
+    skipped += f"; left out with unreadable files: {counts.loss}" if counts.loss else ""
     copies = counts.documents - len(np.unique(found.contents))
     events.note(
         text=f"{counts.documents:,} documents in {documents.files:,} files, {counts.characters:,} characters{skipped}"
@@ -157,6 +159,15 @@ def _chunks(plan: Plan, store: Store, tokenizer: Tokenizer, numbers: Any) -> Chu
     )
 
 
+def _measured(store: Store, out: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
+    """Of the held-out documents those that are measured: by their content's hash, so names and order do not matter."""
+    if limit is None:
+        return out
+    order = out[np.argsort(store.contents[out], kind="stable")]
+    whole = np.cumsum(store.documents["length"][order])
+    return np.sort(order[: max(1, int(np.searchsorted(whole, limit, side="right")))])
+
+
 def _evaluation(
     plan: Plan, store: Store, tokenizer: Tokenizer, out: Any, count: int, events: Callbacks
 ) -> Evaluation | None:
@@ -164,16 +175,26 @@ def _evaluation(
         why = "data.eval_fraction is 0" if count > 1 else "a single document is not split"
         events.note(text=f"evaluation is off: {why}")
         return None
-    chunks = _chunks(plan, store, tokenizer, out)
+    chunks = _chunks(plan, store, tokenizer, _measured(store, out, plan.recipe.data.eval_max_tokens))
     if not len(chunks):
         events.note(text="evaluation is off: the held-out documents have no token to predict")
         return None
+    tokens, train = int(chunks.lengths.sum(dtype=np.int64)), plan.recipe.train
     events.note(
-        text=f"{len(out):,} of the documents are held out to measure what is learned ({chunks.text_bytes:,} bytes)"
+        text=f"{len(out):,} of the documents are held out to measure what is learned ({chunks.text_bytes:,} bytes, {tokens:,} "
+        "tokens an evaluation)"
     )
+    between = min(train.eval_steps, train.save_steps)
+    if tokens > FORWARD * between * plan.sequences_per_step.value * plan.recipe.data.max_seq_length:
+        events.note(
+            text=f"an evaluation every {between} steps takes longer than these steps: raise train.eval_steps and "
+            "train.save_steps, or lower data.eval_max_tokens"
+        )
     rows, device = plan.recipe.train.per_device_train_batch_size, plan.machine.device
     held = HeldOut(chunks, capacity=plan.recipe.data.max_seq_length, rows=rows)
-    return Evaluation(batches=lambda: held.batches(device=device), table=held.table)
+    return Evaluation(
+        batches=lambda rank, size: held.batches(rank=rank, world=size, device=device), table=held.table, turns=len(held)
+    )
 
 
 def batches(plan: Plan, corpus: Corpus, rows_per_step: int, rank: int, world: int) -> Batches:

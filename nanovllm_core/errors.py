@@ -12,6 +12,7 @@
     ├── ModelError                a model or tokenizer folder is missing, incomplete or unsupported
     ├── TrainingError             the run cannot go on (a loss that is not finite)
     ├── CheckpointError           no sound checkpoint where one is needed
+    ├── Elsewhere                 another rank of the run failed, and says why
     ├── Interrupted              the run was asked to stop; its message says how to go on (exit code 128 + signal)
     ├── OutputError               the output folder cannot be used
     ├── LockError                 what would run is not what a lock says, or the lock cannot be read
@@ -76,6 +77,10 @@ class CheckpointError(NanoError):
 
 class Interrupted(NanoError):
     """The run was asked to stop, and did."""
+
+
+class Elsewhere(NanoError):
+    """Another rank of the run failed."""
 
 
 class OutputError(NanoError):

@@ -9,7 +9,6 @@ from typing import Any
 import attrs
 from attrs import evolve
 
-from nanovllm_core.lock import sequences_per_step
 from nanovllm_core.memory_table import memory_lines, size_text
 from nanovllm_core.negotiate import Candidate, Choice
 from nanovllm_core.plan import Plan
@@ -63,7 +62,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _kernels(list(model.kernels.values()), recipe)
     yield "train"
     yield from _settings("train", recipe, recipe.train)
-    yield f"    sequences in a step: {sequences_per_step(plan)}"
+    yield f"    sequences in a step: {plan.sequences_per_step.value} ({plan.sequences_per_step.why})"
     yield "memory        estimated for training, on one device"
     yield from (f"    {text}" for text in memory_lines(plan))
     yield "generate"

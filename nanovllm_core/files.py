@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nanovllm_core.errors import OutputError, nearest
@@ -31,8 +32,10 @@ def writing(place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
+def written_whole(folder: Path, told: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> Iterator[Path]:
     """A temporary folder beside `folder` that replaces it at the end; an exception leaves `folder` as it was.
+
+    `told`: lines of the manifest for files that other processes write there and sync; filled in by the end of the block.
 
     Every file is synced before the manifest (size and sha256 of each) is written, the manifest before the rename, the
     parent after it: whatever is found under the final name is complete. No system swaps two folders at once, so a
@@ -47,7 +50,10 @@ def written_whole(folder: Path) -> Iterator[Path]:
         (partial / MANIFEST).touch()
         for p in files:
             share(p, partial / MANIFEST)
-        manifest = {p.relative_to(partial).as_posix(): {"size": p.stat().st_size, "sha256": digest(p)} for p in files}
+        manifest = {}
+        for p in files:
+            name = p.relative_to(partial).as_posix()
+            manifest[name] = dict(told[name]) if name in told else described(p)
         for p in files:
             sync(p)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -61,6 +67,16 @@ def written_whole(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
     finally:
         recover(folder)
+
+
+def described(path: Path) -> dict[str, Any]:
+    """A file's line of a manifest."""
+    return {"size": path.stat().st_size, "sha256": digest(path)}
+
+
+def partial_of(folder: Path) -> Path:
+    """Where `written_whole` has a folder written."""
+    return _aside(folder)[1]
 
 
 def recover(folder: Path) -> None:

@@ -75,8 +75,9 @@ class Readers:
         """The source's records, in order. Return an iterator (a generator made by another function), do not yield.
 
         For a record that cannot be read, raise DataError, which ends the source; or, where the next one can still be
-        found, give a `Damage` and go on. The recipe's `data.on_error` decides what becomes of either. `data.opening`
-        opens compressed files and tells encodings.
+        found, give a `Damage` and go on. The recipe's `data.on_error` decides what becomes of either; what is lost with
+        the rest of a source counts in bytes, from the last record's `byte` or where a last `Damage` says that it
+        `begins`. `data.opening` opens compressed files and tells encodings.
         """
         raise NotImplementedError
 

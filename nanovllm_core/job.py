@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanovllm_core.assemble import assemble, models_of
-from nanovllm_core.contracts import Parallelized
+from attrs import evolve
+
+from nanovllm_core.assemble import assemble, models_of, opened
+from nanovllm_core.contracts import Layout, Module
 from nanovllm_core.corpus import Corpus, batches
 from nanovllm_core.errors import CheckpointError, Interrupted
 from nanovllm_core.hookspecs import Callbacks
 from nanovllm_core.inference.generate import answerable, generate
 from nanovllm_core.inference.sampling import SamplingParams
-from nanovllm_core.lock import sequences_per_step
 from nanovllm_core.machine import host_memory
 from nanovllm_core.output import BEST, finished, mark_finished
 from nanovllm_core.plan import Plan
 from nanovllm_core.settings import settings_of
 from nanovllm_core.training import checkpoint
 from nanovllm_core.training.export import export, write_config
+from nanovllm_core.training.parts import ALONE, load_optimizer, snapshot
 from nanovllm_core.training.saver import Saver, room_needed
+from nanovllm_core.training.sharding import full_state
 from nanovllm_core.training.stop import StopRequest
 from nanovllm_core.training.trainer import Settings, Trainer
+from nanovllm_core.training.world import Together, World
 from nanovllm_core.weights import ModelFolder
 
 Found = tuple[Path, checkpoint.State]
@@ -48,8 +53,18 @@ def say_finished(events: Callbacks, steps: int, folder: Path) -> None:
 class Job:
     """One run's model, from assembly to answers."""
 
-    def __init__(self, plan: Plan, corpus: Corpus, identity: str, events: Callbacks, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        corpus: Corpus,
+        identity: str,
+        events: Callbacks,
+        stop: StopRequest,
+        world: World = ALONE,
+        at: Callable[[str], None] = lambda doing: None,
+    ) -> None:
         self.plan, self.corpus, self.identity, self.events, self.stop = plan, corpus, identity, events, stop
+        self.world, self.at = world, at
         self.folder, self.shape = plan.output_dir, plan.model.shape
         self.config = models_of(plan.model).config(shape=self.shape)
         g = plan.recipe.generate
@@ -81,10 +96,17 @@ class Job:
                 text=f"held-out perplexity: {trainer.before['eval_perplexity']:,.2f} before, "
                 f"{trainer.metrics['eval_perplexity']:,.2f} after"
             )
-        model = trainer.model
-        files = export(self.folder, model.full_state(), self.config, self.corpus.tokenizer, self.shape.dtype)
+        self.at("making the model whole")
+        weights = full_state(trainer.model.module)
+        if not self.world.first:
+            for _ in weights:  # made whole together, and written by the first rank
+                pass
+            self.at("")
+            return
+        files = export(self.folder, weights, self.config, self.corpus.tokenizer, self.shape.dtype)
+        self.at("")
         self.export_best(saver, trainer)
-        self.generate(model)
+        self.generate(trainer.model.module if self.world.size == 1 else self.reopened())
         mark_finished(self.folder, trainer.step, asked_length(self.plan), files)
 
     def say_going_on(self, state: checkpoint.State, trainer: Trainer, settings: Settings) -> None:
@@ -107,9 +129,10 @@ class Job:
         plan, train = self.plan, self.plan.recipe.train
         saved = ModelFolder.open(found[0]) if found else None
         model = assemble(
-            plan.model, plan.machine.device, seed=train.seed, training=True, weight=saved.tensor if saved else None
-        )
-        rows = sequences_per_step(plan)
+            plan.model, plan.machine.device, seed=train.seed, training=True, weight=saved.tensor if saved else None,
+            mesh=self.world.mesh(plan.model.layout, plan.machine.device),
+        )  # fmt: skip
+        rows = plan.sequences_per_step.value
         data = batches(plan, self.corpus, rows, model.data_rank, model.data_size)
         position = found[1].position if found else 0
         done = found[1].step if found else 0
@@ -121,14 +144,19 @@ class Job:
                 text=f"train.warmup_steps is {settings.schedule.warmup} and the run has {total} steps: the learning rate never "
                 f"reaches {train.learning_rate}"
             )
-        checkpoint.seed_random_state(train.seed)  # dropout draws from it, where a model has any
-        trainer = Trainer(model, data, settings, self.events, self.corpus.evaluation, self.stop)
+        checkpoint.seed_random_state(train.seed + self.world.rank)  # dropout draws from it, where a model has any
+        stop = self.stop if self.world.size == 1 else Together(self.world, lambda: self.stop.asked)
+        trainer = Trainer(model, data, settings, self.events, self.corpus.evaluation, stop, self.at)
         if found:
             path, state = found
-            checkpoint.load_optimizer(path, trainer.optimizer, model.module.named_parameters(), trainer.trained_from)
-            checkpoint.set_random_state(state.random[0])
+            load_optimizer(path, trainer.optimizer, model.module.named_parameters(), trainer.trained_from)
+            if len(state.random) == self.world.size:
+                checkpoint.set_random_state(state.random[self.world.rank])
+            else:  # as many ranks saved it as there are not now
+                checkpoint.seed_random_state((train.seed + (state.step << 32) + self.world.rank) % 2**63)
+            trainer.random = checkpoint.random_state()
             trainer.step, trainer.position, trainer.evaluated = state.step, state.position, state.evaluated
-            trainer.metrics, trainer.before, trainer.random = state.metrics, state.before, state.random[0]
+            trainer.metrics, trainer.before = state.metrics, state.before
             trainer.resume(state.progress, longer=total > state.total_steps)
         return trainer, settings
 
@@ -142,17 +170,18 @@ class Job:
             saved=lambda step, path: self.events.checkpoint_saved(step=step, path=path),
             free=host_memory,
             resumed=found[0] if found else None,
+            world=self.world,
         )
         size = 12 * self.shape.parameters  # fp32 masters and two moments
         exported = (4 if self.shape.dtype == "float32" else 2) * self.shape.parameters
         saves = -(-max(0, left) // trainer.settings.save_steps)
-        room_needed(self.folder, size=size, exported=exported, limit=saver.limit, saves=saves)
+        if self.world.first:
+            room_needed(self.folder, size=size, exported=exported, limit=saver.limit, saves=saves)
 
         def save(trainer: Trainer) -> None:
-            model = trainer.model
-            named = model.module.named_parameters
-            held = lambda copy: checkpoint.snapshot(model.full_state(), trainer.optimizer, named(), copy)  # noqa: E731
-            saver.save(self.state(trainer), held, size)
+            named = trainer.model.module.named_parameters
+            held = lambda copy: snapshot(named(), trainer.optimizer, copy, self.world)  # noqa: E731
+            saver.save(self.state(trainer), held, size // self.world.size)
 
         try:
             with self.stop.heeding():
@@ -161,7 +190,7 @@ class Job:
             self.stop.saving = True
             saver.finish()
             trainer.optimizer.zero_grad(set_to_none=True)
-            if trainer.step and not (self.folder / f"checkpoint-{trainer.step}").exists():
+            if trainer.step > saver.saved_step:
                 save(trainer)
             saver.finish()
             raise
@@ -200,11 +229,27 @@ class Job:
             f"{trainer.metrics.get('eval_loss', math.nan):.4f}): that model is in {folder}"
         )
 
-    def generate(self, model: Parallelized) -> None:
+    def reopened(self) -> Module | None:
+        """The exported model on this rank's device alone; None, said so, where it may not fit or is not asked."""
+        plan, needed = self.plan, self.shape.parameters * (4 if self.plan.model.dtype == "float32" else 2)
+        if not plan.recipe.generate.prompts:
+            return None
+        if 0 < plan.machine.memory < 1.2 * needed:
+            self.events.note(
+                text=f"the prompts are left out: the model's {needed / 1e9:.1f} GB may not fit on one device beside training"
+            )
+            return None
+        saved = ModelFolder.open(self.folder)
+        alone = evolve(plan.model, layout=Layout())
+        return opened(alone, plan.machine.device, saved.tensor)
+
+    def generate(self, module: Module | None) -> None:
         """Answer the recipe's prompts."""
         prompts = self.plan.recipe.generate.prompts
+        if module is None:
+            return
         outputs = generate(
-            model.module,
+            module,
             self.corpus.tokenizer,
             prompts,
             self.params,

@@ -43,7 +43,7 @@ COUNTED = (
 UNCOUNTED = (  # within those: what another key tells better, and what changes no weight
     "components.callbacks", "recipe.data.path", "recipe.data.readers", "recipe.data.extractors", "recipe.data.chunk_overlap",
     "recipe.train.logging_steps", "recipe.train.eval_steps", "recipe.train.save_steps", "recipe.train.save_total_limit",
-    "recipe.train.gradient_checkpointing",
+    "recipe.train.gradient_checkpointing", "recipe.train.rank_timeout",
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def identity(plan: Plan, data_fingerprint: str, named: Mapping[str, str]) -> str
         "reading": reading(plan, versions=False),
         "tokenizer": with_content(plan.model.tokenizer, named),
         "model": with_content(plan.model.model, named),
-        "train": {key: train[key] for key in TRAIN_KEYS} | {"global_batch": sequences_per_step(plan)},
+        "train": {key: train[key] for key in TRAIN_KEYS} | {"global_batch": plan.sequences_per_step.value},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -90,15 +90,6 @@ def with_content(choice: Choice, named: Mapping[str, str]) -> dict[str, Any]:
     for name, _ in model_refs(choice.component):
         told["options"][name] = named[f"{choice.slot}.{name}"]
     return told
-
-
-def sequences_per_step(plan: Plan) -> int:
-    """Sequences in an optimizer step over all data ranks."""
-    train = plan.recipe.train
-    if train.global_batch_size is not None:
-        return train.global_batch_size
-    replicas = plan.model.layout.data * plan.model.layout.shard
-    return train.per_device_train_batch_size * train.gradient_accumulation_steps * replicas
 
 
 def _described(item: Choice | Candidate, *, versions: bool = True) -> dict[str, Any]:
@@ -132,7 +123,7 @@ def lock_of(plan: Plan, identity: str, data_fingerprint: str, named: Mapping[str
         "vocabulary": plan.model.vocabulary.value,
         "parameters": plan.model.shape.parameters,
         "chunk_overlap": plan.chunk_overlap.value,
-        "sequences_per_step": sequences_per_step(plan),
+        "sequences_per_step": plan.sequences_per_step.value,
         "data": {
             "sha256": data_fingerprint,
             "assignment": read["assignment"],

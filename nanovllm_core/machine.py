@@ -32,7 +32,8 @@ class Machine:
         )
         here = cls(cores=cores, world_size=world_size, rank=rank, local_rank=local_rank)
         if not torch.cuda.is_available():
-            return evolve(here, device_name=f"{cores} cores", memory=host_memory(), bf16=_cpu_has_bf16())
+            shared = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # among the processes of this host
+            return evolve(here, device_name=f"{cores} cores", memory=host_memory() // shared, bf16=_cpu_has_bf16())
         index = local_rank % torch.cuda.device_count()
         free, _total = torch.cuda.mem_get_info(index)
         return evolve(here, device="cuda", device_name=torch.cuda.get_device_name(index), memory=free)

@@ -5,6 +5,7 @@ Order: vocabulary size (from file sizes) -> shape -> memory -> parallel layout -
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from attrs import frozen
@@ -42,6 +43,7 @@ class Plan:
     memory: Memory
     output_dir: Path
     chunk_overlap: Decision
+    sequences_per_step: Decision  # over all data ranks
 
     @property
     def emulated(self) -> str:
@@ -66,14 +68,20 @@ class Plan:
         return bind(Callbacks, [*recipes, *given("callbacks", more)])
 
 
-def make_plan(recipe: Recipe, registry: Registry, machine: Machine | None = None) -> Plan:
+def make_plan(recipe: Recipe, registry: Registry, machine: Machine | Callable[[], Machine] | None = None) -> Plan:
     """Decide everything. Raises RecipeError, OptionError, ComponentError, DataError or ModelError.
 
-    Without a `machine` this one is looked at, which imports torch (seconds), after all that can be wrong without it.
+    Without a `machine` this one is looked at, which imports torch (seconds), after all that can be wrong without it; so is
+    one that is given as a function.
     """
     slots, text = Slots(registry, recipe), recipe.text
     if recipe.data.path is None:
         raise RecipeError(f"{text.place(('data',))}: data.path is missing: the file or folder of your documents")
+    if recipe.train.early_stopping_patience is not None and not recipe.data.eval_fraction:
+        raise RecipeError(
+            f"{text.place(('train', 'early_stopping_patience'))}: train.early_stopping_patience: data.eval_fraction is 0, so "
+            "nothing is evaluated and there is nothing to stop by; leave it out or hold documents out"
+        )
     parts = Parts.of(slots)
     callbacks = tuple(slots.named("callbacks", c) for c in recipe.callbacks)
     output_dir = _output_dir(recipe)
@@ -87,7 +95,8 @@ def make_plan(recipe: Recipe, registry: Registry, machine: Machine | None = None
             f"{text.place(('data', 'max_seq_length'))}: data.max_seq_length: got {length}, at most "
             f"{outline.shape.max_positions} (what {outline.model.entry.name} was made for)"
         )
-    machine = machine or Machine.detect()
+    machine = machine or Machine.detect
+    machine = machine if isinstance(machine, Machine) else machine()
     model = placed(slots, parts, outline, machine, training=True)
     return Plan(
         recipe=recipe,
@@ -98,6 +107,7 @@ def make_plan(recipe: Recipe, registry: Registry, machine: Machine | None = None
         memory=memory_of(recipe, machine, model.shape, model.dtype, model.frozen, model.layout),
         output_dir=output_dir,
         chunk_overlap=_overlap(recipe),
+        sequences_per_step=_step(recipe, model),
     )
 
 
@@ -122,6 +132,15 @@ def _refuse_own_output(choice: Choice, output_dir: Path, recipe: Recipe) -> None
                 f"{recipe.text.place((*choice.at, name))}: {choice.slot}.{name}: {folder} lies in output_dir {output_dir}, "
                 "whose contents a new run moves away; name another output_dir"
             )
+
+
+def _step(recipe: Recipe, model: ModelPlan) -> Decision:
+    train, replicas = recipe.train, model.layout.data * model.layout.shard
+    if train.global_batch_size is not None:
+        return Decision(train.global_batch_size, "the recipe says so")
+    whole = train.per_device_train_batch_size * train.gradient_accumulation_steps * replicas
+    told = f"per_device_train_batch_size {train.per_device_train_batch_size} x gradient_accumulation_steps"
+    return Decision(whole, f"{told} {train.gradient_accumulation_steps} x {replicas} data ranks")
 
 
 def _overlap(recipe: Recipe) -> Decision:

@@ -62,9 +62,11 @@ class Data:
     min_chunk_size: tokens; a shorter rest joins the chunk before it
     train_on_overlap: train tokens that two chunks share in both; otherwise the second has them as context only
     eval_fraction: share of the documents held out for evaluation; 0 turns evaluation off
+    eval_max_tokens: an evaluation measures at most about this much of them, whole documents; null: all
     on_error: what a record or file that cannot be read does: `strict` stops the run with its place, `skip` leaves it out
       and lists it in skipped.jsonl in output_dir
-    max_errors: how many such may be skipped: a count, or a share of all records below 1 (at least one)
+    max_errors: how many such may be skipped: a count, or a share below 1 of all records (one is always allowed); where the
+      rest of a file is left out, so that records cannot be counted, also of all bytes
     """
 
     path: str | None = None
@@ -77,7 +79,7 @@ class Data:
     min_chunk_size: int = field(default=100, validator=at_least(1))
     train_on_overlap: bool = False
     eval_fraction: float = field(default=0.05, validator=[at_least(0), below(1)])
-
+    eval_max_tokens: int | None = field(default=None, validator=at_least(1))
     on_error: Literal["strict", "skip"] = "strict"
     max_errors: int | float = field(default=0.01, validator=above(0))
 

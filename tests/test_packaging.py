@@ -60,7 +60,7 @@ def test_public_names_load():
 
     assert nanovllm_core.__all__ == [
         "LLM", "Document", "Machine", "NanoError", "Plan", "Recipe", "Record", "Registry", "SamplingParams", "Source",
-        "hookimpl", "make_plan", "run",
+        "analyze_document_collection", "estimate_training_memory", "hookimpl", "make_plan", "run",
     ]  # fmt: skip
     assert nanovllm.__all__ == ["LLM", "SamplingParams"]
     for name in nanovllm_core.__all__:

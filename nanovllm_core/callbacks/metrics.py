@@ -1,8 +1,12 @@
-"""`metrics.jsonl`: one object a logged step and one an evaluation, for tools and plots; the newest by source beside it."""
+"""`metrics.jsonl`: one object a logged step and one an evaluation, for tools and plots; the newest by source beside it.
+
+What is not finite is null: JSON has no NaN and no infinity, and what reads JSON elsewhere stops at them.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -74,7 +78,7 @@ class Metrics:
             path = self._open.path.with_name(EVALUATION)
             partial = path.with_name(f".{EVALUATION}.partial")
             with writing(path):
-                partial.write_text(json.dumps({"step": step, "sources": table}, indent=1) + "\n", encoding="utf-8")
+                partial.write_text(_json({"step": step, "sources": table}, indent=1) + "\n", encoding="utf-8")
                 os.replace(partial, path)
 
     def _write(self, line: Mapping[str, float]) -> None:
@@ -86,7 +90,19 @@ class Metrics:
                 _keep_before(path, line)
             self._open.begun = True
         with writing(path), path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
+            f.write(_json(line) + "\n")
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_before(path: Path, line: Mapping[str, float]) -> None:
@@ -94,9 +110,7 @@ def _keep_before(path: Path, line: Mapping[str, float]) -> None:
     if path.exists():
         aside = path.with_name(f".{path.name}.partial")
         with path.open("rb") as old, aside.open("wb") as new:
-            new.writelines(
-                text.rstrip(b"\n") + b"\n" for text in old if _order(text) < _order(json.dumps(line).encode())
-            )
+            new.writelines(text.rstrip(b"\n") + b"\n" for text in old if _order(text) < _order(_json(line).encode()))
         sync(aside)
         os.replace(aside, path)  # so that a kill meets the old file or the new one, whole
 

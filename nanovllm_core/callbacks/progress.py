@@ -85,7 +85,9 @@ class Progress:
     @hookimpl
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
         s, now, total = self._screen, time.monotonic(), int(metrics["total_steps"])
-        if s.phase != "training":
+        if s.phase == "evaluating":  # did not count
+            s.phase = "training"
+        elif s.phase != "training":
             s.phase, s.pace = "training", 0.0
         else:
             lately = (now - s.spoke) / max(1, step - s.last_step)

@@ -52,14 +52,17 @@ class Damage:
     index: int = 0  # 0-based, counted with the records
     byte: int = 0  # of the damage
     last: bool = False  # the rest of the source cannot be told apart and is left out with it
+    begins: int | None = None  # with `last`: the byte where what is left out begins; None: at `byte`
+    only: bool = False  # with `last`: it was the source's only record, so that one is left out and no more
 
     @property
     def message(self) -> str:
-        """`file:line:byte: reason`; the reason alone where it names the file."""
-        if self.reason.startswith(self.source):
+        """`file:line:byte: reason`, or `file[index] (byte N): reason`; the reason alone where it begins with the file."""
+        if self.reason.startswith((f"{self.source}:", f"{self.source}[")):
             return self.reason
-        place = f"{self.source}:{self.line}:{self.byte}" if self.line is not None else f"{self.source}[{self.index}]"
-        return f"{place}: {self.reason}"
+        if self.line is not None:
+            return f"{self.source}:{self.line}:{self.byte}: {self.reason}"
+        return f"{self.source}[{self.index}]{f' (byte {self.byte})' * bool(self.byte)}: {self.reason}"
 
 
 @frozen

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from attrs import frozen
 
-from nanovllm_core.contracts.models import Module, Shape
+from nanovllm_core.contracts.models import Batch, Module, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +34,23 @@ class ParallelRequest:
 
 
 class Parallelized(Protocol):
-    """A module as a strategy runs it. After the last micro-batch gradients are the sum over data ranks."""
+    """A module as a strategy runs it. After the last micro-batch gradients are the sum over data ranks.
+
+    Parameters are plain tensors, the same on every rank, or torch DTensors: so the core can fill them and read them in
+    full, each rank its own part, whatever the layout.
+    """
 
     module: Module
     data_rank: int
     data_size: int
+
+    def ready(self) -> None:
+        """Every parameter holds its weight now; called once, before the first forward."""
+        ...
+
+    def __call__(self, tokens: Tensor, batch: Batch, targets: Tensor) -> Tensor:
+        """The summed loss of this rank's micro-batch, an fp32 scalar; without gradients outside `micro_batch`."""
+        ...
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch; communication may wait for the last."""
@@ -51,8 +62,4 @@ class Parallelized(Protocol):
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale gradients to at most this global L2 norm (0: never); the norm before scaling."""
-        ...
-
-    def full_state(self) -> Iterable[tuple[str, Tensor]]:
-        """Every parameter in full, one at a time, by its Hugging Face name."""
         ...

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from nanovllm_core.contracts import Damage, Document, Record, Source
-from nanovllm_core.data.ledger import BROKEN, EMPTY, UNREADABLE, UNTRAINED, Counts, Ledger, Skipped
+from nanovllm_core.data.ledger import EMPTY, UNTRAINED, Counts, Ledger, Skipped
+from nanovllm_core.data.opening import Unpackable
 from nanovllm_core.data.sources import Progress, Sources, check_unchanged, fingerprint, suffix_of, tally
 from nanovllm_core.errors import BrokenComponent, DataError
 
@@ -83,15 +84,18 @@ class Documents:
         Raises DataError at bad input that is not allowed for, or if there is no document; BrokenComponent for what is no
         record or document.
         """
-        ledger, contents = Ledger(self.all.path, self.allow, tell), array("Q")
+        ledger, contents = Ledger(self.all.path, self.allow, tell, self.bytes), array("Q")
         for name, why in self.all.unreadable:
-            ledger.damage(Damage(source=name, reason=why, last=True), UNREADABLE)
+            ledger.damage(Damage(source=name, reason=why, last=True), None)
         long: _Long | None = None
-        for item in self._items(progress):
+        for source, item in self._items(progress):
+            if item is None:
+                ledger.skip(Record(value="", source=source.name), EMPTY)
+                continue
             if isinstance(item, Damage):
                 if long:
                     raise DataError(f"{item.message} (inside one text in parts, of which some is given out already)")
-                ledger.damage(item, UNREADABLE if item.last else BROKEN)
+                ledger.damage(item, source)
                 continue
             try:
                 document = self._document(item)
@@ -102,7 +106,7 @@ class Documents:
                     raise
                 long = None
                 ledger.damage(
-                    Damage(source=item.source, reason=str(e), line=item.line, index=item.index, byte=item.byte), BROKEN
+                    Damage(source=item.source, reason=str(e), line=item.line, index=item.index, byte=item.byte), source
                 )
                 continue
             if not item.continues:
@@ -157,17 +161,22 @@ class Documents:
             )
         return document
 
-    def _items(self, progress: Progress | None) -> Iterator[Record | Damage]:
+    def _items(self, progress: Progress | None) -> Iterator[tuple[Source, Record | Damage | None]]:
+        """What each source holds; None for one that holds nothing."""
         done = told = 0
         if progress is not None:
             progress(0, self.bytes)
         for source, reader in self.known():
+            empty = True
             for record in self._read(source, reader):
+                empty = False
                 here = done + min(record.byte, source.size)
                 if progress is not None and here - told >= STRIDE and here < self.bytes:
                     told = here
                     progress(here, self.bytes)
-                yield record
+                yield source, record
+            if empty:
+                yield source, None
             done += source.size
             if progress is not None and done - told >= STRIDE and done < self.bytes:
                 told = done
@@ -180,7 +189,7 @@ class Documents:
 
         Raises DataError when the file cannot be read or has changed, BrokenComponent when these are no records.
         """
-        number = -1
+        number, begins = -1, 0
         try:
             records: object = reader.read(source=source)
             if not isinstance(records, Iterable):
@@ -190,21 +199,21 @@ class Documents:
             for number, record in enumerate(records):
                 if not isinstance(record, Record | Damage):
                     raise BrokenComponent(f"{source.name}[{number}]: its reader gave {_type(record)}, not a Record")
+                begins = record.byte
                 yield record
         except (OSError, DataError) as e:
             check_unchanged(source)
             reason = f"{source.name}: cannot be read ({e.strerror or e})" if isinstance(e, OSError) else str(e)
             if not self.allow:
                 raise DataError(reason) from e
-            yield Damage(source=source.name, reason=reason, index=number + 1, last=True)
+            byte = e.byte if isinstance(e, Unpackable) else begins  # not before the last record
+            yield Damage(source=source.name, reason=reason, index=number + 1, byte=byte, last=True, begins=begins)
         check_unchanged(source)
 
     def _nothing(self, counts: Counts) -> str:
         kinds = ", ".join(f"{n} {suffix or '(no suffix)'}" for suffix, n in sorted(self.unknown.items()))
         parts = [f"files that no reader takes: {kinds}"] if kinds else []
         parts += [f"{n} records skipped: {reason}" for reason, n in counts.skipped.items()]
-        if self.files and not counts.records:
-            parts.append(f"{self.files} readable files without a record")
         if self.all.odd:
             parts.append(f"neither file nor folder: {', '.join(self.all.odd[:3])}")
         if self.all.hidden:

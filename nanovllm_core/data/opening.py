@@ -53,12 +53,25 @@ class Opened:
         """Bytes of the codec's smallest character."""
         return {"utf-16": 2, "utf-32": 4}.get(codecs.lookup(self.codec).name[:6], 1)
 
+    @property
+    def stand_ins(self) -> str:
+        """Python's name for the way that bytes which are no text stand in a text as lone surrogates, and turn back."""
+        return "surrogateescape" if self.unit == 1 else "surrogatepass"
+
+
+class Unpackable(DataError):
+    """Compressed data that is damaged or cut off; `byte`: how much content came before."""
+
+    def __init__(self, message: str, byte: int) -> None:
+        super().__init__(message)
+        self.byte = byte
+
 
 @contextmanager
 def opened(source: Source, encoding: str = "utf-8") -> Iterator[Opened]:
     """Open a source. Where `encoding` is UTF-8 a byte order mark decides; any other is taken at its word.
 
-    Raises OSError; reading raises DataError where compressed data is damaged or ends too early.
+    Raises OSError; reading raises Unpackable where compressed data is damaged or ends too early.
     """
     with open(source.path, "rb") as file:
         pieces = _unpacked(file, source.name)
@@ -89,12 +102,11 @@ def _whole(pieces: Iterator[bytes], file: BinaryIO, name: str) -> Iterator[bytes
         for piece in pieces:
             done += len(piece)
             yield piece
-        if not file.tell():
-            raise EOFError("the file is empty")
     except (EOFError, zlib.error, gzip.BadGzipFile, ZstdError) as e:
-        raise DataError(
-            f"{name}: the compressed data is damaged or cut off near byte {file.tell():,} of the file, behind {done:,} "
-            f"bytes of content ({str(e).rstrip('.')}); fetch or pack it again"
+        raise Unpackable(
+            f"{name}: the compressed data is damaged or cut off near byte {file.tell():,} of the packed file "
+            f"({str(e).rstrip('.')}); fetch or pack it again",
+            done,
         ) from e
 
 
@@ -139,59 +151,3 @@ class _Pieces(io.RawIOBase):
         size = min(len(buffer), len(self._left))
         buffer[:size], self._left = self._left[:size], self._left[size:]
         return size
-
-
-class Undecodable(Exception):
-    """Bytes that are no text in the file's encoding, and where: 1-based line, byte."""
-
-    def __init__(self, line: int, byte: int, reason: str) -> None:
-        super().__init__(reason)
-        self.line, self.byte, self.reason = line, byte, reason
-
-
-class Text:
-    """The text of an opened file, piece by piece."""
-
-    def __init__(self, content: Opened) -> None:
-        self._content, self._decoder = content, codecs.getincrementaldecoder(content.codec)()
-        self._byte, self._line = content.start, 1  # where the next piece begins
-        self._sound = codecs.lookup(content.codec).name.startswith(
-            ("utf-8", "utf-16", "utf-32")
-        )  # others may spell half a surrogate pair
-        self._problem: Undecodable | None = None
-
-    @property
-    def byte(self) -> int:
-        """Where in the file the next piece begins."""
-        return self._byte - len(self._decoder.getstate()[0])
-
-    def read(self, size: int) -> str:
-        """The text of about `size` bytes; empty at the end. Raises Undecodable, once what stands before it is given."""
-        if self._problem:
-            raise self._problem
-        text, data = "", b"more"
-        while not text and data:
-            data = self._content.file.read(size)
-            kept = self._decoder.getstate()[0]
-            try:
-                text = self._decoder.decode(data, not data)
-                if not self._sound:  # the encoding can spell half a surrogate pair, which is no text
-                    text.encode("utf-8")
-            except UnicodeDecodeError as e:
-                good = (kept + data)[: e.start].decode(self._content.codec, "ignore")
-                at = self._byte - len(kept) + e.start
-                self._problem = Undecodable(
-                    self._line + good.count("\n"), at, f"not valid {self._content.codec} ({e.reason})"
-                )
-                if not good:
-                    raise self._problem from e
-                return good
-            except UnicodeEncodeError as e:
-                raise Undecodable(
-                    self._line + text.count("\n", 0, e.start),
-                    self._byte,
-                    "half of a surrogate pair, which is no character",
-                ) from e
-            self._byte += len(data)
-            self._line += text.count("\n")
-        return text

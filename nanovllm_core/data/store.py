@@ -36,7 +36,7 @@ from nanovllm_core.data.ledger import Counts
 from nanovllm_core.errors import NanoError, OutputError
 from nanovllm_core.files import sync
 
-FORMAT = 2
+FORMAT = 3
 STALE = 3600.0  # seconds without a write after which another unfinished store is a dead process's
 
 

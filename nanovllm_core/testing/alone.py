@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanovllm_core.assemble import fill
-from nanovllm_core.contracts import Accept, Layout, Module, ParallelRequest
+from nanovllm_core.contracts import Accept, Batch, Layout, Module, ParallelRequest
 from nanovllm_core.hookspecs import Parallel
 from nanovllm_core.testing.reference import reference_ops
 from nanovllm_core.testing.tiny import Tiny
@@ -39,9 +39,11 @@ class Held:
                 g.mul_(max_norm / norm)
         return norm
 
-    def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.module.named_parameters():
-            yield name, parameter.detach()
+    def ready(self) -> None:
+        pass
+
+    def __call__(self, tokens: Tensor, batch: Batch, targets: Tensor) -> Tensor:
+        return self.module(tokens, batch, targets=targets)
 
 
 class Alone(Parallel):

@@ -102,6 +102,14 @@ class ParallelContract(Contract):
     def test_full_state_is_whole(self) -> None:
         self.weights_are_alike("start")
 
+    def test_an_evaluation_leaves_the_weights_as_they_are(self) -> None:
+        for world, ranks in self.measured():
+            for rank, (numbers, _) in enumerate(ranks):
+                told = f"after an evaluation, rank {rank} of {world} has other parameters or values"
+                self.check(
+                    numbers["kept sum"] and numbers["kept once"], told, "what is saved afterwards is what was trained"
+                )
+
     def test_tied_weights_stay_one(self) -> None:
         """After a step the loss is what the full state gives in a model of one rank."""
         for world, ranks in self.measured():

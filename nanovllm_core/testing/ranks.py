@@ -22,6 +22,7 @@ from nanovllm_core.hookspecs import Parallel
 from nanovllm_core.testing import tiny
 from nanovllm_core.testing.modelling import draw, pack
 from nanovllm_core.testing.reference import reference_ops
+from nanovllm_core.training.sharding import full_state
 
 LENGTHS = (9, 2, 5, 13, 3, 4, 11, 2, 6, 7, 1, 8, 3, 5, 10, 12)  # of the documents: uneven, so ranks get unlike shares
 CLIP = 0.05  # below the norm of the gradient
@@ -50,7 +51,7 @@ def step(model: Parallelized, count: int, max_norm: float) -> tuple[float, float
     total = torch.zeros(())
     for i, (tokens, batch, targets) in enumerate(micro_batches(model.data_rank, model.data_size, count), 1):
         with model.micro_batch(last=i == count):
-            loss = model.module(tokens, batch, targets=targets) / sum(LENGTHS)
+            loss = model(tokens, batch, targets) / sum(LENGTHS)
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     value, norm = float(model.total(total)), float(model.clip(max_norm))
@@ -64,7 +65,7 @@ def evaluate(model: Parallelized) -> float:
     model.module.train(False)
     with torch.no_grad():
         (only,) = micro_batches(model.data_rank, model.data_size, 1)
-        value = model.total(model.module(only[0], only[1], targets=only[2]) / sum(LENGTHS))
+        value = model.total(model(only[0], only[1], only[2]) / sum(LENGTHS))
     model.module.train(True)
     return float(value)
 
@@ -79,6 +80,7 @@ def measure(strategy: Parallel, world: int, mesh: Any) -> tuple[dict[str, Any], 
         sizes = {name: p.shape for name, p in module.named_parameters()}
         model = strategy.parallelize(module=module, layout=layout, mesh=mesh)
         fill(model.module, lambda name: tiny.weight(name, sizes[name]), "cpu")
+        model.ready()
         model.module.train(True)
         return model
 
@@ -89,12 +91,14 @@ def measure(strategy: Parallel, world: int, mesh: Any) -> tuple[dict[str, Any], 
         if when == "sum":
             numbers |= {"data_rank": model.data_rank, "data_size": model.data_size}
             numbers["total"] = model.total(torch.tensor([1.0, float(model.data_rank)])).tolist()
-            tensors |= {f"start/{name}": t.detach().clone() for name, t in model.full_state()}
+            tensors |= {f"start/{name}": t.detach().clone() for name, t in full_state(model.module)}
         numbers[when] = step(model, count, max_norm)
-        held = [(name, t.detach().clone()) for name, t in model.full_state()]
+        held = [(name, t.detach().clone()) for name, t in full_state(model.module)]
         numbers[f"names {when}"] = [name for name, _ in held]
         tensors |= {f"{when}/{name}": t for name, t in held}
         numbers[f"after {when}"] = evaluate(model)
+        again = dict(full_state(model.module))
+        numbers[f"kept {when}"] = again.keys() == dict(held).keys() and all(again[n].equal(t) for n, t in held)
     return numbers, tensors
 
 

@@ -73,13 +73,16 @@ class _Block(nn.Module):
 
     def forward(self, x_TC: Tensor, batch: Batch, kv: KV | None) -> Tensor:
         ops, attn, mlp = self.ops, self.self_attn, self.mlp
-        heads = (x_TC.shape[0], -1, SIZES["head_dim"])  # -1: a tensor-parallel rank holds part of the heads
         h_TC = ops.rms_norm(x_TC, self.input_layernorm.weight, 1e-6)
-        q, k, v = (ops.linear(h_TC, attn[f"{n}_proj"].weight, None).view(heads) for n in "qkv")
+        q, k, v = (_heads(ops.linear(h_TC, attn[f"{n}_proj"].weight, None)) for n in "qkv")
         x_TC = x_TC + ops.linear(ops.attention(q, k, v, batch, kv).flatten(1), attn["o_proj"].weight, None)
         h_TC = ops.rms_norm(x_TC, self.post_attention_layernorm.weight, 1e-6)
         gate, up = (ops.linear(h_TC, mlp[n].weight, None) for n in ("gate_proj", "up_proj"))
         return x_TC + ops.linear(ops.swiglu(gate, up), mlp["down_proj"].weight, None)
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.view(len(x), -1, SIZES["head_dim"])  # a tensor-parallel rank holds some of the heads, and here all tokens
 
 
 def _weight(*size: int) -> Any:

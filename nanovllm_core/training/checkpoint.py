@@ -1,7 +1,7 @@
 """Checkpoints: `checkpoint-N/` with weights in Hugging Face layout, optimizer state, and where the run stood.
 
     config.json, model.safetensors, tokenizer files    opens like any model folder (fp32 masters)
-    optimizer.safetensors                              AdamW's moments by parameter name
+    optimizer.safetensors                              AdamW's moments by parameter name; of several ranks, see `parts`
     state.json                                         step, position, identity of the run, random states
     manifest.json                                      size and sha256 of every file
 
@@ -14,24 +14,32 @@ import base64
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from attrs import asdict, field, fields, frozen
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from attrs import asdict, evolve, field, fields, frozen
 
-from nanovllm_core.errors import CheckpointError
-from nanovllm_core.files import damage, discard, read_json, recover, writing, written_whole
+from nanovllm_core.errors import CheckpointError, OutputError
+from nanovllm_core.files import (
+    damage,
+    described,
+    discard,
+    partial_of,
+    read_json,
+    recover,
+    sync,
+    writing,
+    written_whole,
+)  # fmt: skip
+from nanovllm_core.training.parts import ALONE, Snapshot, needed, write_indexes, write_part
+from nanovllm_core.training.world import World
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 FORMAT = 2
-STATE, WEIGHTS, MOMENTS = "state.json", "model.safetensors", "optimizer.safetensors"
-REQUIRED = (STATE, WEIGHTS, MOMENTS)
+STATE = "state.json"
 
 
 @frozen(kw_only=True)
@@ -51,53 +59,54 @@ class State:
     format: int = FORMAT
 
 
-@frozen(eq=False)
-class Snapshot:
-    """Copies in host memory: training may change the originals."""
-
-    weights: Mapping[str, Tensor]
-    moments: Mapping[str, Tensor]
-
-
-def snapshot(
-    weights: Iterable[tuple[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    named: Iterable[tuple[str, nn.Parameter]],
-    copy: bool = True,
-) -> Snapshot:
-    """What a checkpoint holds in host memory. Without `copy`, what is there already is not copied."""
-
-    def held(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", copy=copy).contiguous()
-
-    return Snapshot({name: held(t) for name, t in weights}, {name: held(t) for name, t in _moments(optimizer, named)})
-
-
 def save(
     root: Path,
     state: State,
     held: Snapshot,
     write_rest: Callable[[Path], None],
+    world: World = ALONE,
+    key: str = "",
 ) -> Path:
     """Write `root/checkpoint-<step>`; `write_rest(folder)` adds config and tokenizer. The folder's path.
 
-    Raises OutputError when it cannot be written; an older checkpoint of this step is untouched then.
+    Of several ranks the first calls this, the others `save_part`, with the same `key` that no other save has; the state's
+    `random` is each rank's own. Raises OutputError when it cannot be written; an older checkpoint of this step is untouched
+    then.
     """
     folder = root / f"checkpoint-{state.step}"
-    with writing(folder), written_whole(folder) as partial:
-        save_file(dict(held.weights), partial / WEIGHTS, {"format": "pt"})
-        save_file(dict(held.moments), partial / MOMENTS)
-        (partial / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+    told: dict[str, Any] = {}
+    with writing(folder), written_whole(folder, told) as partial:
+        world.tell(f"{key}/begun", True)
+        write_part(partial, held, world)
+        random, moments = list(state.random), list(held.moments)
+        for rank in range(1, world.size):
+            heard = world.hear(f"{key}/{rank}")
+            if "error" in heard:
+                raise OutputError(heard["error"])
+            told.update(heard["files"])
+            random.append(heard["random"])
+            moments += heard["moments"]
+        write_indexes(partial, held.owners, moments, world.size)
+        (partial / STATE).write_text(json.dumps(asdict(evolve(state, random=random)), indent=1), encoding="utf-8")
         write_rest(partial)
     return folder
 
 
-def _moments(
-    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]
-) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in named:
-        for key, value in optimizer.state.get(parameter, {}).items():
-            yield f"{key}:{name}", value
+def save_part(root: Path, state: State, held: Snapshot, world: World, key: str) -> None:
+    """Write this rank's part of what the first rank saves. Raises OutputError, Elsewhere."""
+    folder = root / f"checkpoint-{state.step}"
+    world.hear(f"{key}/begun")
+    try:
+        with writing(folder):
+            files = write_part(partial_of(folder), held, world)
+            for path in files:
+                sync(path)
+            lines = {path.name: described(path) for path in files}
+    except OutputError as e:
+        world.tell(f"{key}/{world.rank}", {"error": f"rank {world.rank}: {e}"})
+        raise
+    told = {"files": lines, "random": state.random[0], "moments": list(held.moments)}
+    world.tell(f"{key}/{world.rank}", told)
 
 
 def seed_random_state(seed: int) -> None:
@@ -160,7 +169,7 @@ def best(root: Path, last: int) -> tuple[Path, float] | None:
         loss = state.metrics.get("eval_loss", math.nan)
         if step <= last and state.evaluated and not math.isnan(loss):
             losses.append((loss, step, folder))
-    whole = ((folder, loss) for loss, _, folder in sorted(losses) if not damage(folder, REQUIRED))
+    whole = ((folder, loss) for loss, _, folder in sorted(losses) if not damage(folder, [STATE, *needed(folder)]))
     return next(whole, None)
 
 
@@ -175,7 +184,7 @@ def numbered(root: Path) -> list[tuple[int, Path]]:
 
 def sound(folder: Path, identity: str | None) -> State:
     """The state of a checkpoint, every file of which is as it was written. Raises CheckpointError with what is wrong."""
-    if reason := "is a link" if folder.is_symlink() else damage(folder, REQUIRED):
+    if reason := "is a link" if folder.is_symlink() else damage(folder, [STATE, *needed(folder)]):
         raise CheckpointError(f"{folder.name} is damaged ({reason})")
     state = read_state(folder)
     if identity is not None and state.identity != identity:
@@ -220,39 +229,3 @@ FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
     }
 )
 """Type of a field of State, as written there -> whether a value from JSON is of it."""
-
-
-def load_optimizer(
-    folder: Path,
-    optimizer: torch.optim.Optimizer,
-    named: Iterable[tuple[str, nn.Parameter]],
-    trained_from: Mapping[str, int] | None = None,
-) -> None:
-    """Put the saved moments back, each beside its parameter. Raises CheckpointError when they do not belong to it.
-
-    A parameter whose `trained_from` is above 0 may have none: it was frozen.
-    """
-    try:
-        saved = load_file(folder / MOMENTS)
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{folder / MOMENTS}: {e}") from e
-    for name, parameter in named:
-        found = {key: saved.pop(f"{key}:{name}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
-        state = {}
-        for key, value in found.items():
-            if value is None:
-                break
-            needed = torch.Size() if key == "step" else parameter.shape
-            if value.shape != needed or value.dtype != torch.float32:
-                raise CheckpointError(
-                    f"{folder}: {key} of {name} is {list(value.shape)} in {value.dtype}, this model needs {list(needed)} in "
-                    "torch.float32; it belongs to another model"
-                )
-            state[key] = value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
-        else:
-            optimizer.state[parameter] = state
-            continue
-        if state or not (trained_from or {}).get(name):
-            raise CheckpointError(f"{folder}: has no {key} of {name}; it belongs to another model")
-    if saved:
-        raise CheckpointError(f"{folder}: holds state of {min(saved)}, which this model does not have")

@@ -28,10 +28,12 @@ class Row(Protocol):
 
 @frozen(kw_only=True)
 class Evaluation:
-    """What is held out. `batches()` gives it anew, each micro-batch with the row of `table` that it counts for."""
+    """What is held out. `batches(rank, size)` gives a data rank's part of it anew, turn by turn: each micro-batch with the
+    row of `table` that it counts for."""
 
-    batches: Callable[[], Iterable[tuple[int, MicroBatch]]]
+    batches: Callable[[int, int], Iterable[tuple[int, MicroBatch]]]
     table: Sequence[Row]
+    turns: int = 0  # micro-batches of all ranks; 0: not known
 
 
 def evaluate(model: Parallelized, evaluation: Evaluation) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -42,12 +44,15 @@ def evaluate(model: Parallelized, evaluation: Evaluation) -> tuple[dict[str, flo
     """
     module, table = model.module, evaluation.table
     sums = torch.zeros(len(table), 2, dtype=torch.float64)  # summed loss, tokens
+    mine: list[tuple[float, float, float]] = []  # row, summed loss, tokens of each turn
     module.train(False)
-    with torch.inference_mode():
-        for row, micro in evaluation.batches():
-            loss = float(module(micro.tokens, micro.batch, targets=micro.targets))
-            sums[row] += torch.tensor([loss, micro.trained], dtype=torch.float64)
-        sums = model.total(sums)
+    with torch.no_grad():  # not inference_mode: a sharded model keeps what it gathers, and training goes on with it
+        for row, micro in evaluation.batches(model.data_rank, model.data_size):
+            mine.append((row, float(model(micro.tokens, micro.batch, micro.targets)), micro.trained))
+        turns = torch.zeros(len(mine), model.data_size, 3, dtype=torch.float64)
+        turns[:, model.data_rank] = torch.tensor(mine, dtype=torch.float64).reshape(-1, 3)
+        for row, loss, tokens in model.total(turns).flatten(0, 1).tolist():  # in one order, whoever made them
+            sums[int(row)] += torch.tensor([loss, tokens], dtype=torch.float64)
     module.train(True)
     rows = [(row, float(loss), int(tokens)) for row, (loss, tokens) in zip(table, sums.tolist(), strict=True)]
     by_source = [{"source": r.source, "tokens": n, **figures(loss, n, r.text_bytes)} for r, loss, n in rows if n]

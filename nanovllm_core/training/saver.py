@@ -15,6 +15,7 @@ and writes it anew, since a kill or a power cut may have come between a checkpoi
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -23,8 +24,10 @@ from pathlib import Path
 from attrs import define, field
 
 from nanovllm_core.errors import OutputError
-from nanovllm_core.files import discard, replace_text, sync, writing
-from nanovllm_core.training.checkpoint import Snapshot, State, best, numbered, save
+from nanovllm_core.files import MANIFEST, discard, read_json, replace_text, sync, writing
+from nanovllm_core.training.checkpoint import State, best, numbered, save, save_part
+from nanovllm_core.training.parts import ALONE, Snapshot
+from nanovllm_core.training.world import World
 
 POINTERS = "checkpoints.json"
 GONE = ".gone"  # suffix of a checkpoint that is being removed
@@ -47,16 +50,23 @@ class Saver:
     saved: Callable[[int, Path], None]
     free: Callable[[], int]
     resumed: Path | None = None  # where this process went on from
+    world: World = ALONE  # of several ranks the first keeps the folder, each writes its part
     best: str | None = None
     best_loss: float | None = None
     _thread: threading.Thread | None = field(default=None, init=False)
     _error: BaseException | None = field(default=None, init=False)
     _writing: State | None = field(default=None, init=False)
+    _saves: int = field(default=0, init=False)
+    saved_step: int = field(
+        default=0, init=False
+    )  # of the newest checkpoint that is this process's own or it went on from
 
     def __attrs_post_init__(self) -> None:
         """Take up what an earlier process left. Raises OutputError."""
         if self.resumed is not None:
-            if found := best(self.root, int(self.resumed.name.partition("-")[2])):
+            self.saved_step = int(self.resumed.name.partition("-")[2])
+        if self.resumed is not None and self.world.first:
+            if found := best(self.root, self.saved_step):
                 self.best, self.best_loss = found[0].name, found[1]
             self._point(self.resumed)
 
@@ -72,10 +82,10 @@ class Saver:
         """
         self.finish()
         copy = not 0 < self.free() < SPARE * size
-        self._writing = state
-        self._thread = threading.Thread(
-            target=self._write, args=(state, snapshot(copy)), name=f"checkpoint-{state.step}"
-        )
+        self._writing, self._saves, self.saved_step = state, self._saves + 1, state.step
+        write = self._write if self.world.first else self._write_part
+        arguments = (state, snapshot(copy), f"checkpoint/{self._saves}")
+        self._thread = threading.Thread(target=write, args=arguments, name=f"checkpoint-{state.step}")
         self._thread.start()
         if not copy:
             self.finish()
@@ -103,15 +113,25 @@ class Saver:
         step, self._writing = self._writing.step, None
         self.saved(step, self.root / f"checkpoint-{step}")
 
-    def _write(self, state: State, snapshot: Snapshot) -> None:
+    def _write_part(self, state: State, snapshot: Snapshot, key: str) -> None:
         try:
-            folder = save(self.root, state, snapshot, self.write_rest)
+            save_part(self.root, state, snapshot, self.world, key)
+            self.world.hear(f"{key}/done")
+        except BaseException as e:
+            self._error = e
+
+    def _write(self, state: State, snapshot: Snapshot, key: str) -> None:
+        try:
+            folder = save(self.root, state, snapshot, self.write_rest, self.world, key)
             loss = state.metrics.get("eval_loss")
-            if state.evaluated and loss is not None and (self.best_loss is None or loss < self.best_loss):
+            known = state.evaluated and loss is not None and not math.isnan(loss)
+            if loss is not None and known and (self.best_loss is None or loss < self.best_loss):
                 self.best, self.best_loss = folder.name, loss
             self._point(folder)
+            self.world.tell(f"{key}/done", True)
         except BaseException as e:  # raised again where the run can hear it
             self._error = e
+            self.world.fail(e)
 
     def _point(self, latest: Path) -> None:
         told = {"latest": latest.name, "best": self.best, "best_eval_loss": self.best_loss}
@@ -133,6 +153,15 @@ class Saver:
             path.replace(gone)  # at once, so that a kill leaves no half of it under the name
             sync(self.root)
             discard(gone)
+
+
+def pointed(root: Path) -> str | None:
+    """The newest checkpoint by the pointer; None where it leads nowhere."""
+    try:
+        name = read_json(root / POINTERS)["latest"]
+        return str(name) if (root / name / MANIFEST).is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def room_needed(root: Path, *, size: int, exported: int, limit: int | None, saves: int) -> None:

@@ -7,8 +7,8 @@ accumulation, world size and packing change the arithmetic's order, never its me
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 from attrs import asdict, evolve, fields_dict, frozen
@@ -24,6 +24,8 @@ from nanovllm_core.training.optimizer import adamw
 from nanovllm_core.training.recompute import recompute_blocks
 from nanovllm_core.training.schedule import Schedule
 from nanovllm_core.training.stop import StopRequest
+
+T = TypeVar("T")
 
 
 @frozen(kw_only=True)
@@ -60,10 +62,18 @@ class Steps(Protocol):
         ...
 
 
+class Stops(Protocol):
+    """A wish that the run ends, looked at between items (`StopRequest`)."""
+
+    def checked(self, items: Iterable[T]) -> Iterator[T]: ...
+
+
 class Events(Protocol):
     """Whom the loop tells (the callbacks' hooks)."""
 
     def note(self, text: str) -> None: ...
+
+    def phase_progress(self, phase: str, done: int, total: int, unit: str) -> None: ...
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -82,9 +92,11 @@ class Trainer:
         settings: Settings,
         events: Events,
         evaluation: Evaluation | None,
-        stop: StopRequest | None = None,
+        stop: Stops | None = None,
+        at: Callable[[str], None] = lambda doing: None,
     ) -> None:
-        self.stop = stop or StopRequest()
+        self.at = at  # told what begins that other ranks wait for
+        self.stop: Stops = stop or StopRequest()
         self.model, self.steps, self.settings, self.events, self.evaluation = model, steps, settings, events, evaluation
         if settings.patience is not None and evaluation is None:
             raise TrainingError(
@@ -110,7 +122,8 @@ class Trainer:
         )
 
     def run(self, save: Callable[[Trainer], None], tick: Callable[[], None] = lambda: None) -> None:
-        """Train to the end. `save` is called every `save_steps` and after the last step, `tick` after each.
+        """Train to the end. `save` is called every `save_steps`, after each best evaluation so far and after the last step,
+        `tick` after each.
 
         Held-out figures are made every `eval_steps` and before each save. Raises Interrupted when `stop` is asked, with
         the state of the last whole step: a step or an evaluation that was begun is as if it had not been.
@@ -137,7 +150,8 @@ class Trainer:
             with window.paused():
                 if self._due(self.step):
                     last |= self._is_enough()
-                if last or self.step % s.save_steps == 0:
+                if last or self.step % s.save_steps == 0 or self.best.step == self.step:
+                    self.at(f"saving after step {self.step}")
                     save(self)
                 tick()
 
@@ -150,11 +164,21 @@ class Trainer:
         """Measure the held-out documents, if there are any, and tell."""
         if self.evaluation is not None:
             held_out = self.evaluation.batches
-            heeded = evolve(self.evaluation, batches=lambda: self.stop.checked(held_out()))
+            heeded = evolve(self.evaluation, batches=lambda *part: self.stop.checked(self._told(held_out(*part))))
             self.metrics, table = evaluate(self.model, heeded)
             self.evaluated = True
             self.events.evaluated(step=self.step, metrics=self.metrics)
             self.events.evaluated_by_source(step=self.step, table=table)
+
+    def _told(self, turns: Iterable[T]) -> Iterator[T]:
+        """The turns of an evaluation, each told of but for the last: the figures tell of that."""
+        assert self.evaluation is not None
+        total, size = self.evaluation.turns, self.model.data_size
+        for i, turn in enumerate(turns):
+            self.at(f"evaluating after step {self.step}, batch {i}")
+            if 0 < i * size < total:
+                self.events.phase_progress(phase="evaluating", done=i * size, total=total, unit="batches")
+            yield turn
 
     def progress(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint keeps of the loop beside step, position and figures: plain data."""
@@ -203,12 +227,15 @@ class Trainer:
         s, model = self.settings, self.model
         learning_rate = s.learning_rate * s.schedule.share(self.step)
         total: torch.Tensor | None = None
+        self.at(f"step {self.step + 1}")
         for i, micro in enumerate(self.stop.checked(data.micro_batches), 1):
+            self.at(f"step {self.step + 1}, micro-batch {i}")
             with model.micro_batch(last=i == len(data.micro_batches)):
-                loss = model.module(micro.tokens, micro.batch, targets=micro.targets) / max(1, data.trained)
+                loss = model(micro.tokens, micro.batch, micro.targets) / max(1, data.trained)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None, "a step has at least one micro-batch"
+        self.at(f"step {self.step + 1}, the optimizer")
         value = float(model.total(total))
         norm = float(model.clip(s.clipping))
         if bad := self.guard.accept(value, norm):

@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     (root / "b.txt").write_bytes("ä ö".encode("utf-16"))
     (root / "sub" / "c.jsonl").write_text('{"text": "one two three"}\n{"text": NaN}\n{"text": ""}\n"four"\n')
     (root / "sub" / "d.json.gz").write_bytes(gzip.compress(b'["four", "four", 7]'))
-    (root / "e.txt").write_bytes(b"\xff\x00")
+    (root / "e.txt").write_bytes(b"\xff\xfd")
     (root / "empty.json").write_text("[]")
     (root / "picture.png").write_bytes(b"\x89PNG")
     return root
@@ -52,13 +52,16 @@ def test_figures(folder: Path) -> None:
             {"copies": 2, "documents": ["a.txt[0]", "sub/c.jsonl[0]"]},
         ],
     }
-    assert found["skipped"] == {"unreadable file, or the rest of it": 1, "broken record": 2, "empty": 1}
+    assert found["skipped"] == {"unreadable file, or the rest of it": 1, "broken record": 2, "empty": 2}
     assert [(r["source"], r["line"], r["index"]) for r in found["skipped_records"]] == [
-        ("e.txt", None, 0),
+        ("e.txt", 1, 0),
+        ("empty.json", None, 0),
         ("sub/c.jsonl", 2, 1),
         ("sub/c.jsonl", 3, 2),
         ("sub/d.json.gz", None, 2),
     ]
+    size = sum(f.stat().st_size for f in folder.rglob("*.*") if f.suffix != ".png")
+    assert (found["loss"]["bytes"], found["loss"]["of"], found["loss"]["of_compressed"]) == (2, size, 0)
     assert found["left_out"] == ["1 files of kind .png are left out: no reader takes them"]
     assert found["tokens"] is None
     assert told[-1][0] == told[-1][1]
@@ -68,8 +71,28 @@ def test_figures(folder: Path) -> None:
         "NaN is not JSON",
         "3 exact copies, in 2 groups",
         "e.txt:1:0: not valid utf-8",
+        f"lost         2 of {size} bytes, with unreadable files",
     ):
         assert part in text
+
+
+def test_utf_16_without_a_mark_and_nuls_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("good text")
+    (tmp_path / "b.txt").write_bytes("some words".encode("utf-16-be"))
+    (tmp_path / "c.txt").write_bytes(b"some text \0 and more of it")
+    (tmp_path / "d.jsonl").write_bytes('{"text": "some words"}'.encode("utf-16-le"))
+    found = analyze_document_collection(tmp_path)
+    assert found["encodings"] == {
+        "ascii": 1,
+        "probably utf-16-be without a byte order mark": 1,
+        "no text: it has NUL characters": 1,
+        "probably utf-16-le without a byte order mark": 1,
+    }
+    assert found["skipped"] == {"unreadable file, or the rest of it": 2, "broken record": 1}
+    text = table(found)
+    for place in ("b.txt:1:0", "c.txt:1:10", "d.jsonl:1:1"):
+        assert f"{place}: a NUL character, which" in text
+    assert text.count("probably UTF-16 without a byte order mark") == 2
 
 
 def test_tokens_and_what_is_suggested(folder: Path, tmp_path: Path) -> None:

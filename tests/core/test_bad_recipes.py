@@ -35,6 +35,8 @@ CASES = {
     "zero byte": (BASE + "output_dir: a\0b\n", "r.yaml:3:14: character U+0000 is not allowed in YAML"),
     "mark and mistake": (b"\xef\xbb\xbf" + b"dta: 1\n", "r.yaml:1:1: unknown key 'dta'; did you mean 'data'? (allowed: "),
     "50 MB": (HUGE, "r.yaml: larger than 1 MB; a recipe is a short text"),
+    "patience without evaluation": (BASE + "train:\n  early_stopping_patience: 2\n",
+        "r.yaml:4:28: train.early_stopping_patience: data.eval_fraction is 0, so nothing is evaluated", "data.eval_fraction=0"),
     "two documents": (BASE + "---\nmodel: preset\n", "r.yaml:3:1: a second document begins; a recipe is one document"),
     "tab": (BASE + "train:\n\tseed: 1\n",
         "r.yaml:4:1: not valid YAML (while scanning for the next token, found character '\\t' that cannot star"),

@@ -1,13 +1,15 @@
 """Callbacks in whole runs: the bundled ones, and those that a tool hands over."""
 
 import json
+import math
 import os
 import shutil
 
 import pytest
 from attrs import frozen
 
-from nanovllm_core import hookimpl
+from nanovllm_core import Machine, Recipe, Registry, hookimpl, make_plan
+from nanovllm_core.callbacks.metrics import Metrics
 from nanovllm_core.contracts import Decision
 from nanovllm_core.errors import BrokenComponent
 
@@ -80,3 +82,26 @@ def test_lines_of_metrics_that_cannot_be_read_do_not_stop_a_resume(go, folder):
     now = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert now == [json.loads(line)["step"] for line in lines]
     assert (folder / "old.jsonl").read_bytes() == before  # replaced, not written over: a kill on the way loses nothing
+
+
+def test_what_is_not_finite_is_null_in_what_metrics_writes(folder):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    plan = make_plan(Recipe.load(folder / "recipe.yaml"), Registry.from_environment(), Machine())
+    out = folder / "out"
+    out.mkdir()
+    for step in (1, 2, 1):  # and once more from the first on, as a resumed run does
+        metrics = Metrics()
+        metrics.run_started(plan)
+        metrics.step_done(step, {"loss": math.nan, "gradient_norm": math.inf, "learning_rate": 0.5})
+        metrics.evaluated(step, {"eval_loss": 800.0, "eval_perplexity": math.inf, "eval_bits_per_byte": -math.inf})
+        metrics.evaluated_by_source(step, [{"source": "a", "tokens": 3, "loss": math.nan, "perplexity": 1.5}])
+        lines = [json.loads(line, parse_constant=refuse) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-2:] == [
+            {"step": step, "loss": None, "gradient_norm": None, "learning_rate": 0.5},
+            {"step": step, "eval_loss": 800.0, "eval_perplexity": None, "eval_bits_per_byte": None},
+        ]
+        assert len(lines) == 2 * step
+        told = json.loads((out / "evaluation.json").read_text(), parse_constant=refuse)
+        assert told == {"step": step, "sources": [{"source": "a", "tokens": 3, "loss": None, "perplexity": 1.5}]}

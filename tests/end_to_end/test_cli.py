@@ -1,6 +1,7 @@
 """The command line as a user meets it: real processes."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -130,3 +131,28 @@ def test_version():
     from importlib.metadata import version
 
     assert nanovllm("--version").stdout.strip() == f"nanovllm {version('nanovllm')}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs head")
+@pytest.mark.parametrize("arguments", [["schema"], ["plugins", "--json"], ["--help"], ["--version"]])
+@pytest.mark.parametrize("wanted", [10, 0])
+def test_a_reader_that_goes_away_is_no_error(arguments, wanted):
+    for _ in range(4):
+        command = [sys.executable, "-m", "nanovllm_core.cli", *arguments]
+        ours = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        head = subprocess.Popen(["head", "-c", str(wanted)], stdin=ours.stdout, stdout=subprocess.PIPE)
+        ours.stdout.close()
+        assert len(head.communicate()[0]) == wanted
+        assert ours.stderr.read() == b""
+        ours.stderr.close()
+        assert ours.wait() in (0, 1)  # what is short may be written before `head` ends
+
+
+@pytest.mark.parametrize("arguments", [["schema"], ["--version"], ["run", "no such.yaml"]])
+def test_nor_is_one_that_has_gone(arguments):
+    """Output and errors go where nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "nanovllm_core.cli", *arguments], stdout=writer, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 1

@@ -1,9 +1,11 @@
 """SIGINT and SIGTERM to real processes, at every stage; and the same command afterwards gives the unbroken run."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -48,10 +50,10 @@ real = planning.Plan.events
 planning.Plan.events = lambda self, more=(): real(self, (*more, At()))
 if event == "saving":
     write = saver.save
-    def slowly(root, state, held, rest):
+    def slowly(*told):
         os.kill(os.getpid(), number)
         time.sleep(1)
-        return write(root, state, held, rest)
+        return write(*told)
     saver.save = slowly
 sys.exit(main(["run", "recipe.yaml"]))
 """
@@ -107,6 +109,41 @@ def test_a_second_signal_stops_at_once(folder):
     done = at(folder, "step 3", how="slow")
     assert done.returncode == 130
     assert "stopped at once; the same command goes on from the newest checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_a_damaged_checkpoint_is_neither_named_nor_taken_for_saved(go, at):
+    out, _ = go("train.save_total_limit=9")
+    (out / "finished.json").unlink()
+    for step in (4, 6):
+        (out / f"checkpoint-{step}" / "state.json").unlink()
+    if (out / "checkpoint-3").exists():
+        shutil.rmtree(out / "checkpoint-3")
+    stop = StopRequest()
+
+    class Asks:
+        @hookimpl
+        def step_done(self, step):
+            if step == at:
+                stop.ask()
+
+    with pytest.raises(Interrupted, match=f"goes on from checkpoint-{at}"):
+        go("train.save_total_limit=9", "train.save_steps=100", "train.eval_steps=100", callbacks=[Asks()], stop=stop)
+    _, watch = go("train.save_total_limit=9")
+    assert watch.said(f"going on from checkpoint-{at}")
+
+
+def test_a_signal_before_the_run_has_begun_ends_it_with_a_word(folder):
+    for wait in (0.3, 0.6):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nanovllm_core.cli", "run", "recipe.yaml"], cwd=folder, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        time.sleep(wait)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert "Traceback" not in err
+        assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # below 0: it had not begun to listen
+        assert (process.returncode < 0) == (err == "")
 
 
 def test_one_who_embeds_asks_and_gets_an_exception(go):

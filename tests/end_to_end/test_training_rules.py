@@ -54,7 +54,7 @@ def same(a, b):
 RULES = (
     "train.unfreeze=[{at: 0.5, parameters: ['model.layers.3.*']}]", "train.freeze=model.layers.0.*",
     "train.gradient_checkpointing=true", "train.lr_scheduler_type=wsd", "train.decay_ratio=0.4",
-    "train.warmup_steps=null", "train.warmup_ratio=0.2",
+    "train.warmup_steps=null", "train.warmup_ratio=0.2", "train.save_total_limit=10",
 )  # fmt: skip
 
 
@@ -75,6 +75,21 @@ def test_a_resume_under_all_rules_is_bit_for_bit_the_unbroken_run(go, kept):
     table = json.loads((out / "evaluation.json").read_text())
     assert table["step"] == 6
     assert {"source", "tokens", "loss", "perplexity", "bits_per_byte"} == set(table["sources"][0])
+
+
+def test_the_best_model_is_kept_wherever_its_evaluation_falls(go):
+    out, watch = go(
+        "train.eval_steps=1", "train.save_steps=1000", "train.save_total_limit=1", "train.learning_rate=0.5",
+        "train.warmup_steps=5", "train.lr_scheduler_type=constant",
+    )  # fmt: skip
+    losses = {step: m["eval_loss"] for step, m in watch.evaluations.items() if step}
+    best = min(losses, key=losses.get)
+    assert 0 < best < 6
+    pointers = json.loads((out / "checkpoints.json").read_text())
+    assert pointers == {"latest": "checkpoint-6", "best": f"checkpoint-{best}", "best_eval_loss": losses[best]}
+    held = load_file(out / f"checkpoint-{best}" / "model.safetensors")
+    assert same(weights(out / "best"), held)
+    assert not same(weights(out), held)
 
 
 def test_checkpointing_and_rules_for_bad_steps_are_the_same_run_and_freezing_is_not(go):

@@ -18,8 +18,7 @@ from nanovllm_readers import window as window_module
 from nanovllm_readers.json import Json, Jsonl
 from nanovllm_readers.text import Txt
 
-from nanovllm_core.contracts import Accept, Source
-from nanovllm_core.errors import DataError
+from nanovllm_core.contracts import Accept, Damage, Source
 
 PACK = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress, "": bytes}
 VALUES = [{"text": "één\u2028 zwei"}, "漢字 😀", 3, None, ["a\nb", {"x": -1.5e3}]]
@@ -76,6 +75,70 @@ def test_the_place_of_damage_is_exact_in_every_encoding(tmp_path, read, encoding
     assert (damage.line, damage.byte, damage.index) == (3, start + len(bad[: bad.index("NaN")].encode(codec)), 1)
 
 
+NO_TEXT = {  # in UTF-8, UTF-16, UTF-32: what is none, between characters that are
+    "utf-8": [b"\xff", b"\xc3", b"\xe6\xbc", b"\xed\xa0\x80", b"\xc0\xaf", b"\x80\x80"],
+    "utf-16-le": [b"\x00\xd8", b"\x00\xdc"],
+    "utf-16-be": [b"\xd8\x00", b"\xdc\x00"],
+    "utf-32-le": [b"\x00\xd8\x00\x00", b"\xff\xdf\x00\x00"],
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.text(st.sampled_from('aé漢😀\n"\\]},'), max_size=5), min_size=1, max_size=6),
+    piece=st.integers(1, 40),
+    data=st.data(),
+)
+def test_bytes_that_are_no_text_damage_their_record_alone(
+    tmp_path_factory, read, encoding: str, texts: list[str], piece: int, data: st.DataObject
+) -> None:
+    codec = ENCODINGS[encoding]
+    content, expected, mark = encoded("[", encoding), [], "Ö"
+    for index, text in enumerate(texts):
+        content += ",\n".encode(codec) * bool(index)
+        parts = json.dumps({"a": 1, "text": f"x{mark}-{text}{mark}y"}, ensure_ascii=False).split(mark)
+        for number, part in enumerate(parts):
+            content += part.encode(codec)
+            if number < 2 and data.draw(st.booleans()):
+                if len(expected) == index:
+                    expected.append((content.count("\n".encode(codec)) + 1, len(content)))
+                content += data.draw(st.sampled_from(NO_TEXT[codec]))
+        if len(expected) == index:
+            expected.append({"a": 1, "text": f"x-{text}y"})
+    path = tmp_path_factory.mktemp("n") / "a.json"
+    path.write_bytes(content + "]".encode(codec))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(window_module, "PIECE", piece)
+        found = read(Json(), path)
+    assert [(r.line, r.byte) if isinstance(r, Damage) else r.value for r in found] == expected
+    assert [r.index for r in found] == list(range(len(texts)))
+    assert all(r.reason.startswith(f"not valid {codec} (") and not r.last for r in found if isinstance(r, Damage))
+
+
+@pytest.mark.parametrize(
+    ("content", "byte", "rest"),
+    [
+        (b"[1, \xff 2, 3]", 4, [3]),  # between records, and in the middle of words, numbers and keys
+        (b"[1, nu\xffll, 3]", 6, [3]),
+        (b"[1, 2\xff, 3]", 5, None),  # the record before is whole: what follows it is no comma
+        (b'[1, {"\xff": 2, "\xff": NaN}, 3]', 6, [3]),
+        (b'[1, {"a": [2, "\xff"}, 3]', 15, None),  # its brackets are not in order
+        (b'[1, {"a": NaN, "b": "\xff"}, 3]', 10, [3]),  # NaN is wrong before it
+        (b"\xff[1]", 0, None),
+    ],
+)
+def test_bytes_that_are_no_text_outside_of_strings(tmp_path, read, content: bytes, byte: int, rest) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    found = read(Json(), path)
+    [damage] = [r for r in found if isinstance(r, Damage)]
+    assert damage.byte == byte
+    assert damage.last == (rest is None)
+    assert damage.reason.startswith("NaN" if byte == 10 else "not valid utf-8")
+    assert [r.value for r in found[found.index(damage) + 1 :]] == (rest or [])
+
+
 @pytest.mark.parametrize(
     ("data", "line", "byte"),
     [
@@ -87,8 +150,9 @@ def test_the_place_of_damage_is_exact_in_every_encoding(tmp_path, read, encoding
 def test_what_is_no_text_has_its_place(tmp_path, read, data: bytes, line: int, byte: int) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(data)
-    with pytest.raises(DataError, match=rf"^a\.txt:{line}:{byte}: not valid utf-"):
-        read(Txt(), path)
+    [damage] = read(Txt(), path)
+    assert (damage.line, damage.byte, damage.last, damage.only, damage.begins) == (line, byte, True, True, 0)
+    assert damage.reason.startswith("not valid utf-")
     assert [(d.line, d.byte, d.last) for d in read(Json(), path)][-1][2]
 
 
@@ -109,27 +173,28 @@ def test_no_damage_to_a_compressed_file_goes_unseen(tmp_path_factory, read, pack
     text = "".join(f"line {i} of the text\n" for i in range(400))
     compressor = zstandard.ZstdCompressor(write_checksum=True)
     whole = gzip.compress(text.encode()) if packed == ".gz" else compressor.compress(text.encode())
-    cut = data.draw(st.integers(0, len(whole) - 1))
+    cut = data.draw(st.integers(1, len(whole) - 1))  # an empty file is one without content
     broken = whole[:cut]
     if data.draw(st.booleans()):
         broken = whole[:cut] + bytes([whole[cut] ^ (1 << data.draw(st.integers(0, 7)))]) + whole[cut + 1 :]
     path = tmp_path_factory.mktemp("z") / f"a.txt{packed}"
     path.write_bytes(broken)
-    try:
-        found = read(Txt(), path)
-    except DataError as e:
-        message = str(e)
-    else:  # gzip's header has bits without a meaning
-        message = f"a.txt{packed}: the compressed data is damaged or cut off" if found[0].value == text else "unseen"
-    assert message.startswith(f"a.txt{packed}: the compressed data is damaged or cut off")
+    [found] = read(Txt(), path)
+    if isinstance(found, Damage):
+        assert found.message.startswith(f"a.txt{packed}: the compressed data is damaged or cut off near byte ")
+        assert (found.last, found.only, found.begins) == (True, True, 0)
+    else:
+        assert found.value == text, "unseen"  # gzip's header has bits without a meaning
 
 
-def test_an_empty_file_is_no_compressed_file(tmp_path, read) -> None:
-    for packed in (".gz", ".zst"):
-        path = tmp_path / f"a.jsonl{packed}"
-        path.write_bytes(b"")
-        with pytest.raises(DataError, match="the file is empty"):
-            read(Jsonl(), path)
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("content", [None, b"", b" \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_of_any_kind_is_no_damage(tmp_path, read, packed: str, content: bytes | None) -> None:
+    for reader, name in ((Txt(), "a.txt"), (Json(), "a.json"), (Jsonl(), "a.jsonl")):
+        path = tmp_path / f"{name}{packed}"
+        path.write_bytes(b"" if content is None else PACK[packed](content))
+        blank = content if content == b" \n" else b""
+        assert [r.value for r in read(reader, path)] == ([blank.decode()] if name == "a.txt" else [])
 
 
 # ---------------------------------------------------------------- large
@@ -146,8 +211,9 @@ def test_a_long_text_comes_in_parts(tmp_path, read, monkeypatch: pytest.MonkeyPa
     assert [r.continues for r in found] == [True] * (len(found) - 1) + [False]
     assert all(text.encode()[r.byte :].startswith(r.value.encode()) for r in found)
     path.write_bytes(text.encode() + b"\xff")
-    with pytest.raises(DataError, match=r"^a\.txt:301:"):
-        next(iter(Txt().read(Source(path=str(path), name="a.txt"))))  # before any part is given
+    [damage] = Txt().read(Source(path=str(path), name="a.txt"))  # before any part is given
+    assert isinstance(damage, Damage)
+    assert damage.line == 301
 
 
 VALUE = st.recursive(
@@ -176,6 +242,14 @@ def test_a_window_of_any_size_gives_what_the_json_module_gives(
     assert [r.value for r in found] == json.loads(text)
     for record in found:
         assert json.JSONDecoder().raw_decode(text[record.byte :].decode())[0] == record.value
+
+
+def test_a_word_that_begins_as_a_constant_is_placed_in_a_window_of_any_size(tmp_path, read, monkeypatch) -> None:
+    (tmp_path / "a.json").write_text("[[null, 0.0,NaNnull]]")
+    for piece in (1 << 18, *range(1, 22)):
+        monkeypatch.setattr(window_module, "PIECE", piece)
+        (damage,) = read(Json(), tmp_path / "a.json")
+        assert (damage.reason, damage.byte) == ("NaN is not JSON", 12)
 
 
 @settings(max_examples=400, deadline=None)

@@ -75,7 +75,7 @@ def test_probe_goes_by_the_name(component: Txt | Json | Jsonl, yes: list[str], n
 
 
 def test_txt_is_one_record_with_its_characters_untouched(tmp_path: Path) -> None:
-    text = "één\r\nzwei\n\n漢字 \u2028 \x00 end"
+    text = "één\r\nzwei\n\n漢字 \u2028 end"
     assert records(Txt(), write(tmp_path, "a.txt", text)) == [Record(value=text, source="a.txt")]
     with_mark = records(Txt(), write(tmp_path, "b.txt", b"\xef\xbb\xbf" + text.encode()))
     assert [(r.value, r.byte) for r in with_mark] == [(text, 3)]
@@ -95,6 +95,74 @@ def test_txt_says_where_it_does_not_decode(tmp_path: Path) -> None:
         records(Txt(), write(tmp_path, "a.txt", b"ab\nc\xffd"))
     with pytest.raises(DataError, match=r"^m\.txt:2:7: "):
         records(Txt(), write(tmp_path, "m.txt", b"\xef\xbb\xbfab\nc\xff"))
+
+
+LATIN, CYRILLIC = "two words\nand more of them\n" * 9, "два слова\nи ещё\n" * 9
+WITHOUT_A_MARK = [(text, codec) for text in (LATIN, CYRILLIC, "a", "ab") for codec in ("utf-16-le", "utf-16-be")]
+
+
+@pytest.mark.parametrize(("text", "codec"), WITHOUT_A_MARK)
+def test_txt_in_utf16_without_a_mark_is_refused_and_the_hint_reads_it(tmp_path: Path, text: str, codec: str) -> None:
+    data = text.encode(codec)
+    path = write(tmp_path, "a.txt", data)
+    [damage] = found(Txt(), path)
+    assert isinstance(damage, Damage)
+    if text != CYRILLIC:  # some of its letters are no UTF-8
+        assert (damage.byte, damage.line) == (data.index(0), 1 + data[: data.index(0)].count(10))
+    assert damage.reason.startswith("a NUL character" if "ё" not in text else ("a NUL", "not valid utf-8"))
+    assert "the file is probably UTF-16 without a byte order mark: save it as UTF-8, or set" in damage.reason
+    [hint] = re.findall(r"`encoding: (\S+)` on the txt reader$", damage.reason)
+    assert [r.value for r in records(Txt(encoding=hint), path)] == [text]
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "line", "byte"),
+    [
+        (b"one\nt\0wo" + b" and text" * 9, {}, 2, 5),
+        (b"\xef\xbb\xbfone\n" + b"text " * 500_000 + b"\n\0", {}, 3, 3 + 4 + 2_500_000 + 1),  # in a part of its own
+        ("é漢\n\0x".encode("utf-16"), {}, 2, 8),
+        ("é漢\n\0x".encode("utf-16"), {"encoding": "utf-16"}, 2, 8),
+        ("é漢\n\0x".encode("utf-32-be"), {"encoding": "utf-32-be"}, 2, 12),
+        ("éa\n\0x and text".encode("latin-1"), {"encoding": "latin-1"}, 2, 3),
+        (b"one\n\0 text text \xff text", {}, 2, 4),  # before what is no UTF-8
+        (bytes(range(256)) * 9, {"encoding": "latin-1"}, 1, 0),
+    ],
+)
+def test_txt_says_where_a_nul_is(tmp_path: Path, data: bytes, options: dict[str, str], line: int, byte: int) -> None:
+    [damage] = found(Txt(**options), write(tmp_path, "a.txt", data))
+    assert isinstance(damage, Damage)
+    assert (damage.line, damage.byte) == (line, byte)
+    assert damage.reason.startswith("a NUL character, which no text holds; remove it")
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("words", ["text", "ä"])
+def test_json_in_utf16_without_a_mark_is_named(tmp_path: Path, codec: str, words: str) -> None:
+    lines = [f'{{"{words}": "{i}"}}' for i in range(3)]
+    for component, name, text in (
+        (Json(), "a.json", "[" + ",\n".join(lines) + "]"),
+        (Json(), "b.json", lines[0]),
+        (Jsonl(), "c.jsonl", "\n".join(lines)),
+    ):
+        data = text.encode(codec)
+        damage = found(component, write(tmp_path, name, data))[0]
+        assert isinstance(damage, Damage)
+        assert (damage.line, damage.byte) == (1, data.index(0))
+        assert damage.reason == (
+            "a NUL character, which JSON does not allow; the file is probably UTF-16 without a byte order mark: save it as "
+            "UTF-8"
+        )
+
+
+@pytest.mark.parametrize("content", ['["a\0b", 1]', "[1, \0 2]", '["a"]\0'])
+@pytest.mark.parametrize("codec", ["utf-8", "utf-16"])
+def test_json_says_where_a_nul_is(tmp_path: Path, content: str, codec: str) -> None:
+    for component, name in ((Json(), "a.json"), (Jsonl(), "a.jsonl")):
+        *_, damage = (
+            d for d in found(component, write(tmp_path, name, content.encode(codec))) if isinstance(d, Damage)
+        )
+        assert damage.byte == len(content[: content.index("\0")].encode(codec))
+        assert damage.reason.startswith("a NUL character, which JSON does not allow; remove it")
 
 
 # ---------------------------------------------------------------- json, jsonl
@@ -147,12 +215,27 @@ BAD = [
     ('{"a":' * 5000, 5 * 64, "deeper than 64"),
     ("[" * 200_000, 64, "deeper than 64"),
     ('{"a": ' + "9" * 5000 + "}", 6, "an integer of 5,000 digits"),
-    ('{"a": 01}', 7, "expecting ',' delimiter"),
-    ('{"a": "x\ty"}', 8, "invalid control character"),
-    ('{"a": "x', 6, "unterminated string"),
-    ("{'a': 1}", 1, "expecting property name"),
+    ('{"a": 01}', 7, "a number may not begin with 0"),
+    ("[-012]", 3, "a number may not begin with 0"),
+    ("012", 1, "a number may not begin with 0"),
+    ("[1.]", 2, "a number may not go on with '.'"),
+    ("[0x1F]", 2, "a number may not go on with 'x'"),
+    ("[1_000]", 2, "a number may not go on with '_'"),
+    ("[+1]", 1, "expecting a value, found '+1'; a number begins with a digit, or with - and a digit"),
+    ("[.5]", 1, "expecting a value, found '.5'; a number begins with a digit, or with - and a digit"),
+    ('{"a": "x\ty"}', 8, "a control character within a string, where it must be written as \\n"),
+    ('{"a": "x', 6, "a string begins here and does not end"),
+    ('{"a": "\\x"}', 7, "a backslash within a string that begins no escape"),
+    ('{"a": "\\u12"}', 8, "\\u within a string without four hexadecimal digits behind it"),
+    ("{'a': 1}", 1, "expecting a key in double quotes, found a single quote; strings stand in double quotes"),
+    ('{"a": 1, }', 9, "expecting a key in double quotes, found '}'; no comma may stand before it"),
+    ('{"a": [1,\t]}', 10, "expecting a value, found ']'; no comma may stand before it"),
+    ('{"a" 1}', 5, "expecting ':' behind a key"),
+    ('{"a": 1 "b": 2}', 8, "expecting ',' or the end of the array or object, found '\"'"),
     ('{"a": 1} x', 9, "more follows after"),
-    ("nope", 0, "expecting value"),
+    ("nope", 0, "expecting a value, found 'nope'"),
+    ('{"a": None}', 6, "expecting a value, found None; JSON writes null"),
+    ("[undefined_and_more_of_it]", 1, "expecting a value, found 'undefined_an...'"),
 ]
 
 
@@ -163,7 +246,7 @@ def test_json_refuses_with_the_exact_place(tmp_path: Path, text: str, byte: int,
     assert str(e.value).startswith(f"a.jsonl:2:{15 + byte}: ")
     assert reason in str(e.value)
     head = '[{"text": "ö"},\n'  # 16 characters, 17 bytes
-    if not text.startswith("[[") and "unterminated" not in reason:  # these swallow what follows
+    if not text.startswith("[[") and "does not end" not in reason:  # these swallow what follows
         with pytest.raises(DataError) as e:
             records(Json(), write(tmp_path, "a.json", head + text + "\n]"))
         found = re.match(r"a\.json:(\d+):(\d+): ", str(e.value))
@@ -184,10 +267,15 @@ def test_json_other_refusals(tmp_path: Path) -> None:
     for name, data, start in [
         ("a.json", b'{"a": "\xff"}', "a.json:1:7: not valid utf-8"),
         ("b.json", b'[1,\n "\xc3"]', "b.json:2:6: not valid utf-8"),
-        ("c.json", b" \n", "c.json:2:2: the file is empty"),
+        ("c.json", b'[1, "a', "c.json:1:4: a string begins here and does not end"),
         ("d.json", b'{"a":1}\n{"a":2}\n', "d.json:2:8: more follows"),
         ("e.json", b"[1 2]", "e.json:1:3: expecting ',' or ']'"),
-        ("f.json", b"[1,]", "f.json:1:3: expecting value"),
+        ("f.json", b"[1,]", "f.json:1:3: expecting a value, found ']'; no comma may stand before it"),
+        ("j.json", b"[1,\n 02]", "j.json:2:6: a number may not begin with 0"),
+        ("k.json", b"[1, 2.x]", "k.json:1:5: a number may not go on with '.'"),
+        ("l.json", b"02", "l.json:1:1: a number may not begin with 0"),
+        ("m.json", b"[1, ", "m.json:1:4: expecting a value; the text ends here"),
+        ("n.json", b'[1, {"a": 2', "n.json:1:11: expecting ',' or the end of the array or object; the text ends here"),
         ("g.json", b"[1] [2]", "g.json:1:4: more follows"),
         ("h.json", b"[1", "h.json:1:2: expecting ',' or ']'"),
     ]:

@@ -55,7 +55,7 @@ class TestJson(ReaderContract):
     records = {"array.json": VALUES, "deep/one.json": [{"text": "x"}], "none.json": []}
     refused = {"a.jsonl": b"{}", "json": b"{}"}
     broken = {
-        "empty.json": b"",
+        "zero.json": b"[01]",
         "two.json": b"{} {}",
         "half.json": b"[1, 2",
         "bytes.json": b'["\xff"]',

@@ -21,6 +21,12 @@ class Replicas:
     def __init__(self, module, size, rank):
         self.module, self.data_size, self.data_rank = module, size, rank
 
+    def ready(self):
+        pass
+
+    def __call__(self, tokens, batch, targets):
+        return self.module(tokens, batch, targets=targets)
+
     @contextmanager
     def micro_batch(self, last):
         yield
@@ -52,9 +58,6 @@ class Replicas:
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_((p for _, p in self.module.named_parameters()), max_norm, norm)
         return norm
-
-    def full_state(self):
-        return ((name, p.detach()) for name, p in self.module.named_parameters())
 
 
 @frozen(kw_only=True, eq=False)
@@ -193,15 +196,41 @@ class NormAfter(Replicas):
 
 
 class LeavesOut(Replicas):
-    """Full state without the last parameter."""
+    """The last parameter is none any more."""
 
-    def full_state(self):
-        return list(super().full_state())[:-1]
+    def ready(self):
+        norm = self.module.model.norm
+        weight = norm._parameters.pop("weight")
+        norm.weight = weight.detach()
 
 
 class Renames(Replicas):
-    def full_state(self):
-        return ((f"module.{name}", value) for name, value in super().full_state())
+    """Its wrapper puts a word before every name."""
+
+    def ready(self):
+        import torch
+
+        class Wrapper(torch.nn.Module):
+            def __init__(self, module):
+                super().__init__()
+                self.module = module
+
+            def forward(self, *args, **kwargs):
+                return self.module(*args, **kwargs)
+
+        self.module = Wrapper(self.module)
+
+
+class Forgets(Replicas):
+    """An evaluation leaves its traces in the weights."""
+
+    def __call__(self, tokens, batch, targets):
+        import torch
+
+        loss = super().__call__(tokens, batch, targets)
+        if not torch.is_grad_enabled():
+            self.module.model.norm.weight.mul_(2)
+        return loss
 
 
 class Doubles(Replicas):
@@ -234,10 +263,12 @@ SEEN = {
     ScalesTwice: {"test_clip_scales_to_the_norm_asked_for"},
     ClipsAtZero: {"test_gradients_are_summed_over_data_ranks"},
     NormAfter: {"test_clip_measures_the_whole_gradient"},
-    LeavesOut: {"test_full_state_is_whole", "test_gradients_are_summed_over_data_ranks", "test_one_micro_batch_is_enough",
+    LeavesOut: {"test_full_state_is_whole", "test_clip_measures_the_whole_gradient",
+                "test_gradients_are_summed_over_data_ranks", "test_one_micro_batch_is_enough",
                 "test_clip_scales_to_the_norm_asked_for", "test_tied_weights_stay_one"},
     Renames: {"test_full_state_is_whole", "test_gradients_are_summed_over_data_ranks", "test_one_micro_batch_is_enough",
               "test_clip_scales_to_the_norm_asked_for", "test_tied_weights_stay_one"},
+    Forgets: {"test_an_evaluation_leaves_the_weights_as_they_are"},
     Doubles: {"test_total_sums_over_data_ranks", "test_loss_is_that_of_one_rank", "test_tied_weights_stay_one"},
 }  # fmt: skip
 

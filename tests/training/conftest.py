@@ -93,7 +93,7 @@ def settings(total=STEPS, warmup=WARMUP, kind="cosine", **changes):
 
 def evaluation(parts, size=1234):
     """One row for all."""
-    return Evaluation(batches=lambda: [(0, part) for part in parts], table=[Row("all.txt", size)])
+    return Evaluation(batches=lambda rank, size: [(0, part) for part in parts], table=[Row("all.txt", size)])
 
 
 @pytest.fixture(scope="session")

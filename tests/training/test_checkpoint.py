@@ -12,7 +12,7 @@ from torch import nn
 
 from nanovllm_core.errors import CheckpointError
 from nanovllm_core.files import MANIFEST, damage, written_whole
-from nanovllm_core.training import checkpoint
+from nanovllm_core.training import checkpoint, parts
 from nanovllm_core.training.optimizer import adamw
 
 
@@ -39,7 +39,7 @@ def state(step, **changes):
 
 def save(root, step, model, optimizer, rest=lambda folder: None):
     named = list(model.named_parameters())
-    return checkpoint.save(root, state(step), checkpoint.snapshot(named, optimizer, named), rest)
+    return checkpoint.save(root, state(step), parts.snapshot(named, optimizer), rest)
 
 
 def test_weights_optimizer_and_state_come_back(tmp_path):
@@ -55,7 +55,7 @@ def test_weights_optimizer_and_state_come_back(tmp_path):
     from safetensors.torch import load_file
 
     other.load_state_dict(load_file(folder / "model.safetensors"))
-    checkpoint.load_optimizer(folder, fresh, other.named_parameters())
+    parts.load_optimizer(folder, fresh, other.named_parameters())
     for m, o in ((model, optimizer), (other, fresh)):
         torch.manual_seed(9)
         m(torch.randn(4, 5)).square().sum().backward()
@@ -187,7 +187,7 @@ def test_optimizer_state_of_another_model_is_refused(tmp_path):
     other = nn.Linear(5, 5)
     fresh = adamw(other.named_parameters(), learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95))
     with pytest.raises(CheckpointError, match="another model"):
-        checkpoint.load_optimizer(folder, fresh, other.named_parameters())
+        parts.load_optimizer(folder, fresh, other.named_parameters())
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):

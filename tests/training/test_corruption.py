@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nanovllm_core.files import MANIFEST, digest
-from nanovllm_core.training import checkpoint
+from nanovllm_core.training import checkpoint, parts
 from nanovllm_core.training.optimizer import adamw
 from nanovllm_core.training.saver import POINTERS, Saver
 
@@ -37,7 +37,7 @@ def root(tmp_path_factory):
             step=step, position=step, total_steps=9, identity="a", tokenizer="b", metrics={"eval_loss": 2.0}, before={},
             random=[checkpoint.random_state()],
         )  # fmt: skip
-        checkpoint.save(root, state, checkpoint.snapshot(named, optimizer, named), rest)
+        checkpoint.save(root, state, parts.snapshot(named, optimizer), rest)
     return root
 
 

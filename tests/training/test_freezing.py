@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm_core.errors import CheckpointError, RecipeError
-from nanovllm_core.training import checkpoint
+from nanovllm_core.training import checkpoint, parts
 from nanovllm_core.training.freezing import NEVER, Freezing, Thaw
 
 TOP = ("model.layers.3.*",)
@@ -111,7 +111,7 @@ def test_a_resume_around_a_thaw_is_exact(tiny, tmp_path, at):
                 step=at, position=at, total_steps=8, identity="a", tokenizer="b", metrics={}, before={},
                 random=[checkpoint.random_state()], progress=trainer.progress(),
             )  # fmt: skip
-            checkpoint.save(tmp_path, state, checkpoint.snapshot(named, trainer.optimizer, named), lambda folder: None)
+            checkpoint.save(tmp_path, state, parts.snapshot(named, trainer.optimizer), lambda folder: None)
 
     whole = tiny.trainer(documents, save_steps=1, freezing=freezing)
     whole.run(save)
@@ -128,7 +128,7 @@ def go_on(tiny, folder, documents, freezing, total=8):
     path, state = checkpoint.newest(folder, pytest.fail)
     trainer = tiny.trainer(documents, freezing=freezing, total=total)
     trainer.model.module.load_state_dict(load_file(path / "model.safetensors"))
-    checkpoint.load_optimizer(path, trainer.optimizer, trainer.model.module.named_parameters(), trainer.trained_from)
+    parts.load_optimizer(path, trainer.optimizer, trainer.model.module.named_parameters(), trainer.trained_from)
     trainer.resume(state.progress, longer=total > 8)
     trainer.step = trainer.position = state.step
     return trainer
@@ -145,7 +145,7 @@ def test_what_has_thawed_stays_so_in_a_longer_run(tiny, tmp_path):
             random=[checkpoint.random_state()], progress={},
         )  # fmt: skip
         if trainer.step == 6:
-            checkpoint.save(tmp_path, state, checkpoint.snapshot(named, trainer.optimizer, named), lambda folder: None)
+            checkpoint.save(tmp_path, state, parts.snapshot(named, trainer.optimizer), lambda folder: None)
 
     tiny.trainer(documents, freezing=freezing, save_steps=6).run(save)
     trainer = go_on(tiny, tmp_path, documents, freezing, total=16)  # half of 16 is yet to come
@@ -166,11 +166,11 @@ def test_state_that_only_a_frozen_parameter_may_lack(tiny, tmp_path):
             step=1, position=1, total_steps=1, identity="a", tokenizer="b", metrics={}, before={},
             random=[checkpoint.random_state()],
         )  # fmt: skip
-        checkpoint.save(tmp_path, state, checkpoint.snapshot(named, trainer.optimizer, named), lambda folder: None)
+        checkpoint.save(tmp_path, state, parts.snapshot(named, trainer.optimizer), lambda folder: None)
 
     trainer.run(save)
     other = tiny.trainer(documents)
     with pytest.raises(CheckpointError, match=r"has no step of model\.layers\.3\."):
-        checkpoint.load_optimizer(
+        parts.load_optimizer(
             tmp_path / "checkpoint-1", other.optimizer, other.model.module.named_parameters(), other.trained_from
         )

@@ -101,6 +101,18 @@ def test_a_broken_gradient_under_a_finite_loss_is_caught(tiny):
     assert same(before, snapshot(trainer))
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_bad_under_a_finite_norm(loss):
+    """As where the loss of one micro-batch overflows in its sum alone, and no gradient does."""
+    for rule in (BadSteps(), BadSteps(skip=True, spike_factor=3.0)):
+        guard = Guard(rule)
+        assert [guard.accept(2.0, 1.0) for _ in range(ENOUGH)] == [""] * ENOUGH
+        assert guard.accept(loss, 1.0) == f"the loss is {loss} and the gradient norm 1.0"
+        assert (guard.skipped, guard.row, list(guard.losses)) == (1, 1, [2.0] * ENOUGH)
+        assert guard.accept(2.0, 1.0) == ""
+        assert (guard.skipped, guard.row) == (1, 0)
+
+
 def test_a_spike_is_judged_by_the_median_which_it_does_not_move():
     guard = Guard(BadSteps(skip=True, spike_factor=3.0))
     usual = [2.0, 2.2, 1.8]

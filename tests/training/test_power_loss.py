@@ -1,7 +1,7 @@
 """The short form of benchmarks/power_loss.py: no cut of the power leaves a run without what it had told was saved."""
 
+import base64
 import json
-import pickle
 import random
 import subprocess
 import sys
@@ -68,15 +68,13 @@ def test_the_disk_keeps_what_was_synced_and_may_lose_all_else(disk):
                       (("a/x", b"old"), ("a/y", b"new")))}  # fmt: skip
 
 
-WRITES = """\
-import pickle, sys
+RECORDED = """\
+import atexit, base64, json, sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 import operations
 from power_loss import Recorder
-from nanovllm_core.files import make_folder, replace_text, written_whole
-from nanovllm_core.output import mark_finished
 
 folder = Path(sys.argv[2])
 out, recorder = folder / "out", Recorder(folder)
@@ -84,6 +82,26 @@ out, recorder = folder / "out", Recorder(folder)
 def told(step):
     recorder.look()
     recorder.log.append(("saved", step))
+
+def kept():
+    text = json.dumps(recorder.log, default=lambda content: {"base64": base64.b64encode(content).decode()})
+    Path(sys.argv[3]).write_text(text)
+
+atexit.register(kept)
+"""
+
+
+def recorded(tmp_path, script):
+    """The file operations of a script, and the folder that it worked in."""
+    place, log = tmp_path / "place", tmp_path / "log"
+    place.mkdir()
+    subprocess.run([sys.executable, "-c", RECORDED + script, BENCHMARKS, place, log], check=True)
+    return place, json.loads(log.read_text(), object_hook=lambda held: base64.b64decode(held["base64"]))
+
+
+WRITES = """\
+from nanovllm_core.files import make_folder, replace_text, written_whole
+from nanovllm_core.output import mark_finished
 
 operations.watch(folder, recorder.meet)
 make_folder(out)
@@ -97,7 +115,6 @@ for text in ("old", "new"):
 (out / "best").mkdir()
 mark_finished(out, 1, {}, ["note"])
 told(5)
-Path(sys.argv[3]).write_bytes(pickle.dumps(recorder.log))
 """
 
 
@@ -106,13 +123,11 @@ def test_each_way_of_writing_keeps_its_word(disk, tmp_path):
     """Of every state after each operation: a folder is whole, old or new; so is a small file; a note comes last."""
     from nanovllm_core.files import damage, recover
 
-    place, log = tmp_path / "place", tmp_path / "log"
-    place.mkdir()
-    subprocess.run([sys.executable, "-c", WRITES, BENCHMARKS, place, log], check=True)
+    place, log = recorded(tmp_path, WRITES)
     from power_loss import lay
 
     draw = random.Random(8)
-    for operation in pickle.loads(log.read_bytes()):
+    for operation in log:
         disk.do(*operation)
         for _ in range(25):
             state = disk.crash(draw)
@@ -133,3 +148,53 @@ def test_each_way_of_writing_keeps_its_word(disk, tmp_path):
             finished = out / "finished.json"
             assert finished.exists() or disk.told < 5
             assert not finished.exists() or (out / "best").is_dir()
+
+
+EXPORTS = """\
+import torch
+from nanovllm_tokenizers.bpe import train
+from nanovllm_core.files import make_folder
+from nanovllm_core.training.export import export
+
+operations.watch(folder, recorder.meet)
+make_folder(out)
+for number in (1, 2):
+    tokenizer = train(["the river runs past old mills " * number], 270 + number)
+    weights = [("model.weight", torch.full((64, 8), float(number)))]
+    export(out, weights, {"model_type": "llama", "hidden_size": number}, tokenizer, "float32")
+    told(number)
+"""
+
+
+@linux
+def test_an_exported_file_is_whole_wherever_it_has_its_name(disk, tmp_path):
+    """After each operation and whatever the power took: a file of the first model or of the second, with every byte."""
+    _, log = recorded(tmp_path, EXPORTS)
+    draw, models, states = random.Random(9), [], []
+    for operation in log:
+        disk.do(*operation)
+        states += [(disk.told, disk.crash(draw)) for _ in range(20)]
+        if operation[0] == "saved":  # once it is told: just what was written
+            models.append({p: c for p, c in all_written(disk).items() if c is not None})
+            assert {"out/config.json", "out/model.safetensors", "out/tokenizer.json"} <= models[-1].keys()
+    assert models[0].keys() == models[1].keys()
+    assert not any(models[0][name] == models[1][name] for name in ("out/config.json", "out/model.safetensors"))
+    for told, state in states:
+        for name in models[0].keys() & state.keys():
+            assert state[name] in [model[name] for model in models[max(0, told - 1) :]], name
+        assert told < 2 or models[1].items() <= state.items()
+
+
+def all_written(disk):
+    """Path -> content of everything as it is now, before any power is lost."""
+    left = {}
+
+    def walk(folder, path):
+        for name, node in folder.now.items():
+            if hasattr(node, "since"):
+                left[f"{path}{name}"] = node.now
+            else:
+                walk(node, f"{path}{name}/")
+
+    walk(disk.top, "")
+    return left

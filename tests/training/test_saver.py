@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from nanovllm_core.errors import OutputError
 from nanovllm_core.files import damage
-from nanovllm_core.training import checkpoint, saver
+from nanovllm_core.training import checkpoint, parts, saver
 from nanovllm_core.training.optimizer import adamw
 from nanovllm_core.training.saver import Saver, room_needed
 
@@ -45,7 +45,7 @@ def make(tmp_path, training):
                 random=[checkpoint.random_state()], evaluated=evaluated,
             )  # fmt: skip
             named = list(model.named_parameters())
-            made.save(state, lambda copy: checkpoint.snapshot(named, optimizer, named, copy), size=1000)
+            made.save(state, lambda copy: parts.snapshot(named, optimizer, copy), size=1000)
 
         return made, told, save
 
@@ -83,6 +83,20 @@ def test_the_next_save_waits_for_the_one_before(tmp_path, make):
     assert (1, "checkpoint-1") in told
     made.finish()
     assert told == [(1, "checkpoint-1"), (2, "checkpoint-2")]
+
+
+def test_the_pointers_move_when_the_checkpoint_is_whole_and_not_before(tmp_path, make):
+    pointers, seen = tmp_path / "checkpoints.json", []
+
+    def look(folder):
+        seen.append(json.loads(pointers.read_text())["latest"] if pointers.exists() else None)
+
+    made, _, save = make(write_rest=look, limit=1)
+    for step in (1, 2, 3):
+        save(step)
+        made.finish()
+    assert seen == [None, "checkpoint-1", "checkpoint-2"]
+    assert json.loads(pointers.read_text())["latest"] == "checkpoint-3"
 
 
 def test_newest_best_and_resumed_are_kept(tmp_path, make):

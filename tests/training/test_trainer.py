@@ -106,7 +106,7 @@ def test_evaluation_is_the_token_mean_over_everything_and_each_source(tiny):
     table = [tiny.Row("a.txt", 1000), tiny.Row("b.txt", 234), tiny.Row("empty.txt", 0)]
     rows = [i % 3 // 2 for i in range(len(parts))]  # a, a, b, ...
     heard = tiny.Heard()
-    held = Evaluation(batches=lambda: zip(rows, parts, strict=True), table=table)
+    held = Evaluation(batches=lambda rank, size: zip(rows, parts, strict=True), table=table)
     trainer = tiny.trainer(tiny.random_documents(seed=12), heard, held)
     trainer.evaluate()
     module = trainer.model.module

@@ -101,10 +101,10 @@ class _Attention(nn.Module):
         self.k_norm = Weights(config.head_dim) if config.qk_norm else None
 
     def forward(self, x_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, batch: Batch, kv: KV | None) -> Tensor:
-        ops, heads = self.ops, (x_TC.shape[0], -1, self.head_dim)  # -1: a tensor-parallel rank holds part of the heads
-        q_TNH = ops.linear(x_TC, self.q_proj.weight, self.q_proj.bias).view(heads)
-        k_TKH = ops.linear(x_TC, self.k_proj.weight, self.k_proj.bias).view(heads)
-        v_TKH = ops.linear(x_TC, self.v_proj.weight, self.v_proj.bias).view(heads)
+        ops, heads = self.ops, (-1, self.head_dim)  # -1: a tensor-parallel rank holds part of the heads
+        q_TNH = ops.linear(x_TC, self.q_proj.weight, self.q_proj.bias).unflatten(1, heads)
+        k_TKH = ops.linear(x_TC, self.k_proj.weight, self.k_proj.bias).unflatten(1, heads)
+        v_TKH = ops.linear(x_TC, self.v_proj.weight, self.v_proj.bias).unflatten(1, heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH = ops.rms_norm(q_TNH, self.q_norm.weight, self.eps)
             k_TKH = ops.rms_norm(k_TKH, self.k_norm.weight, self.eps)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from nanovllm_core.contracts import Module
+from nanovllm_core.contracts import Batch, Module
+from nanovllm_core.training.sharding import whole
 
 
 class Local:
-    """`Parallelized` for one rank."""
+    """`Parallelized` for one rank, and what the others add to."""
 
     data_rank = 0
     data_size = 1
@@ -20,7 +20,13 @@ class Local:
     def __init__(self, module: Module) -> None:
         self.module = module
 
-    def micro_batch(self, last: bool) -> nullcontext[None]:
+    def ready(self) -> None:
+        pass
+
+    def __call__(self, tokens: Tensor, batch: Batch, targets: Tensor) -> Tensor:
+        return self.module(tokens, batch, targets=targets)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
     def total(self, value: Tensor) -> Tensor:
@@ -28,11 +34,7 @@ class Local:
 
     def clip(self, max_norm: float) -> Tensor:
         gradients = [p.grad for _, p in self.module.named_parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_((p for _, p in self.module.named_parameters()), max_norm, norm)
         return norm
-
-    def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.module.named_parameters():
-            yield name, parameter.detach()

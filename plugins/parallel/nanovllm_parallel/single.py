@@ -16,7 +16,7 @@ class Single:
     def probe(self, request: ParallelRequest) -> Verdict:
         if request.world_size != 1:
             return Refuse(f"runs on one process; there are {request.world_size}")
-        return Accept(priority=0, why="one process", layout=Layout())
+        return Accept(priority=30, why="one process", layout=Layout())
 
     @hookimpl
     def parallelize(self, module: Module, layout: Layout, mesh: object) -> Parallelized:

@@ -3,6 +3,7 @@
 Both are streams: memory holds one record and a piece, also of an array that is all one line. A broken record is yielded
 as Damage, and reading goes on: in JSON Lines with the next line; in an array behind the record's last bracket, as long as
 its quotes and brackets are in order and a comma or the array's end follows, else the rest of the file is left out with it.
+Bytes that are no text damage the record that holds them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import BinaryIO
 from attrs import field, frozen
 
 from nanovllm_core.contracts import Accept, Damage, Record, Refuse, Source, Verdict
-from nanovllm_core.data.opening import Opened, Undecodable, content_name, opened
+from nanovllm_core.data.decoding import Undecodable
+from nanovllm_core.data.opening import Opened, content_name, opened
 from nanovllm_core.hookspecs import hookimpl
 from nanovllm_core.options import at_least
+from nanovllm_readers.reasons import COMMA, of_nul, of_number
 from nanovllm_readers.strict import Problem, parse, skip_space
 from nanovllm_readers.window import Window
 
@@ -87,11 +90,16 @@ def _lines(source: Source, limit: int) -> Iterator[Record | Damage]:
                     at = begin + _bytes(text[:start], content.codec)
                     value, end = parse(text, start)
                     if (rest := skip_space(text, end)) < len(text):
-                        raise Problem(rest, "more follows after the line's record; JSON Lines has one record a line")
+                        more = "more follows after the line's record; JSON Lines has one record a line"
+                        raise Problem(rest, of_number(text, rest) or more)
             except UnicodeDecodeError as e:
                 at, reason = begin + e.start, f"not valid {content.codec} ({e.reason})"
+                if content.unit == 1 and (first := raw.find(0, 0, e.start)) >= 0:
+                    at, reason = begin + first, of_nul(raw, begin)
             except Problem as e:
                 at, reason = begin + _bytes(text[: e.position], content.codec), e.reason
+                if text[e.position : e.position + 1] == "\0":
+                    reason = of_nul(raw if content.unit == 1 else b"", begin)
             if reason:
                 yield Damage(source=source.name, reason=reason, line=number, index=index, byte=at)
             else:
@@ -152,27 +160,37 @@ def _whole(source: Source, limit: int) -> Iterator[Record | Damage]:
         try:
             for found in _values(window):
                 if isinstance(found, _Broken):
-                    yield Damage(source=source.name, reason=found.reason, line=found.line, index=index, byte=found.byte)
+                    yield found.damage(source.name, index)
                 else:
                     yield Record(value=found[0], source=source.name, index=index, byte=found[1])
                 index += 1
-        except (_Broken, Undecodable) as e:
-            yield Damage(source=source.name, reason=e.reason, line=e.line, index=index, byte=e.byte, last=True)
+        except _Broken as e:
+            yield e.damage(source.name, index, last=True)
+        except Undecodable as e:
+            begins = window.byte(window.position)
+            yield Damage(source.name, e.reason, e.line, index, e.byte, last=True, begins=begins)
 
 
 class _Broken(Exception):
     """A Problem with its place in the file, which the window that slides on forgets."""
 
     def __init__(self, window: Window, problem: Problem) -> None:
+        problem = window.first(problem)
         super().__init__(problem.reason)
+        self.begins = window.byte(window.position)  # what is lost: the value, or from here on
         self.reason, self.byte, self.line = problem.reason, window.byte(problem.position), window.line(problem.position)
+
+    def damage(self, source: str, index: int, *, last: bool = False) -> Damage:
+        begins = self.begins if last else None
+        return Damage(source, self.reason, self.line, index, self.byte, last=last, begins=begins)
 
 
 def _values(window: Window) -> Iterator[tuple[object, int] | _Broken]:
     """The records with the byte where each begins, and what stands in place of one. Raises _Broken when that is all."""
     try:
-        if not (first := window.space()):
-            raise Problem(window.position, "the file is empty; a .json file holds an array of records or one record")
+        first = window.space()
+        if not first:
+            return
         if first != "[":
             yield window.value()
             what = "value"
@@ -184,15 +202,16 @@ def _values(window: Window) -> Iterator[tuple[object, int] | _Broken]:
                 yield _element(window)
                 mark = window.space()
                 if mark not in (",", "]"):  # also at the end, which is ""
-                    raise Problem(window.position, "expecting ',' or ']' after a record of the array")
+                    number = of_number(window.text, window.position)
+                    raise Problem(window.position, number or "expecting ',' or ']' after a record of the array")
                 if mark == ",":
                     window.position += 1
-                    window.space()
+                    if (mark := window.space()) == "]":
+                        yield _Broken(window, Problem(window.position, f"expecting a value, found ']'; {COMMA}"))
             window.position += 1
         if window.space():
-            raise Problem(
-                window.position, f"more follows after the file's {what}; if each line is a record, name the file .jsonl"
-            )
+            more = f"more follows after the file's {what}; if each line is a record, name the file .jsonl"
+            raise Problem(window.position, of_number(window.text, window.position) or more)
     except Problem as e:
         raise _Broken(window, e) from e
 

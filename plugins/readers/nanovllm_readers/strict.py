@@ -13,10 +13,14 @@ import json
 import re
 from typing import Any
 
+from nanovllm_readers.reasons import of_parser
+
 DEPTH = 64  # nested arrays and objects
-MARGIN = 16  # characters; nothing that the end of a text can cut in two is longer, but for strings
+MARGIN = (
+    16  # characters; nothing that the end of a text can cut in two is longer, but for strings; reasons look no further
+)
 SPACE = re.compile(r"[ \t\n\r]*")
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}:,]|[^\s\[\]{}:,"]+', re.DOTALL)
+TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}:,]|[^\s\[\]{}:,"]+', re.DOTALL)
 _PART = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]|[^\[\]{},"]+', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CONSTANTS = ("NaN", "Infinity", "-Infinity")
@@ -62,7 +66,7 @@ def parse(text: str, start: int = 0, *, final: bool = True) -> tuple[Any, int]:
         if not final and (e.pos > len(text) - MARGIN or e.msg.startswith("Unterminated string")):
             raise Problem(e.pos, e.msg, open=True) from e
         early = _locate(text, start, e.pos)  # what stands before may be worse than where the parser stopped
-        raise early or Problem(e.pos, _plain(e.msg)) from e
+        raise early or Problem(e.pos, of_parser(e.msg, text, start, e.pos)) from e
     except (ValueError, RecursionError) as e:
         if not final and text[-1].isdigit():  # perhaps an integer that goes on
             raise Problem(start, str(e), open=True) from e
@@ -93,10 +97,6 @@ def skip(text: str, start: int) -> int | None:
     return None
 
 
-def _plain(message: str) -> str:
-    return message[:1].lower() + message[1:].removesuffix(" at")
-
-
 def _sound(value: Any) -> bool:
     """Whether a parsed value is shallow enough and all its strings can be encoded."""
     stack: list[tuple[Any, int]] = [(value, 0)]
@@ -125,7 +125,7 @@ def _locate(text: str, start: int, end: int) -> Problem | None:
     """The first thing between `start` and `end` that strict JSON refuses and the parser does not place."""
     keys: list[set[str] | None] = []  # one entry an open bracket: an object's keys so far, or None for an array
     position = start
-    while (token := _TOKEN.search(text, position)) and token.start() < end:
+    while (token := TOKEN.search(text, position)) and token.start() < end:
         word, position = token.group(), token.end()
         if word in "[{":
             keys.append(set() if word == "{" else None)
@@ -136,8 +136,9 @@ def _locate(text: str, start: int, end: int) -> Problem | None:
                 keys.pop()
             if not keys:
                 return None  # the value is over
-        elif word in _CONSTANTS:
-            return Problem(token.start(), f"{word} is not JSON")
+        elif word.startswith(_CONSTANTS):  # also as the beginning of a longer word: the parser goes no further
+            constant = next(c for c in _CONSTANTS if word.startswith(c))
+            return Problem(token.start(), f"{constant} is not JSON")
         elif word.lstrip("-").isdigit() and len(word) > 4000:
             try:
                 int(word)

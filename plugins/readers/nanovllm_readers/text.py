@@ -1,4 +1,4 @@
-"""Plain text: one file, one document, its characters untouched (line ends included).
+"""Plain text: one file, one document, its characters untouched (line ends included), none of them NUL.
 
 A file of up to a megabyte is one record. A longer one comes in parts, so that its size does not matter; for that it is
 read twice, because none of it may be given out before all of it is known to be text.
@@ -12,9 +12,9 @@ from typing import Any
 
 from attrs import field, frozen
 
-from nanovllm_core.contracts import Accept, Record, Refuse, Source, Verdict
-from nanovllm_core.data.opening import Opened, Text, Undecodable, content_name, opened
-from nanovllm_core.errors import DataError
+from nanovllm_core.contracts import Accept, Damage, Record, Refuse, Source, Verdict
+from nanovllm_core.data.decoding import Nul, Text, Undecodable
+from nanovllm_core.data.opening import Opened, Unpackable, content_name, opened
 from nanovllm_core.hookspecs import hookimpl
 
 PART = 1 << 20  # bytes of a record
@@ -46,14 +46,14 @@ class Txt:
         return Refuse("not a .txt file")
 
     @hookimpl
-    def read(self, source: Source) -> Iterator[Record]:
-        """The file as one string record, or the parts of one. Raises DataError where it does not decode."""
+    def read(self, source: Source) -> Iterator[Record | Damage]:
+        """The file as one string record, or the parts of one; Damage where it is no text."""
         return self._records(source)
 
-    def _records(self, source: Source) -> Iterator[Record]:
+    def _records(self, source: Source) -> Iterator[Record | Damage]:
         try:
             with opened(source, self.encoding) as content:
-                text, start = Text(content), content.start
+                text, start = Text(content, nul=False), content.start
                 first = text.read(PART)
                 if not (more := text.read(PART)):
                     yield Record(value=first, source=source.name, byte=start)
@@ -63,9 +63,22 @@ class Txt:
             with opened(source, self.encoding) as content:
                 yield from _parts(content, source.name)
         except Undecodable as e:
-            plain = codecs.lookup(self.encoding).name == "utf-8"
-            hint = "; save the file as UTF-8, or set `encoding` on the txt reader (e.g. latin-1)" if plain else ""
-            raise DataError(f"{source.name}:{e.line}:{e.byte}: {e.reason}{hint}") from e
+            reason = f"{e.reason}; {self._mend(e)}".removesuffix("; ")
+            yield Damage(source.name, reason, e.line, byte=e.byte, last=True, begins=0, only=True)
+        except Unpackable as e:
+            yield Damage(source.name, str(e), byte=e.byte, last=True, begins=0, only=True)
+
+    def _mend(self, problem: Undecodable) -> str:
+        if problem.guess:
+            return (
+                "the file is probably UTF-16 without a byte order mark: save it as UTF-8, or set "
+                f"`encoding: {problem.guess}` on the txt reader"
+            )
+        if isinstance(problem, Nul):
+            return "remove it; or, if the file is UTF-16 without a byte order mark, save it as UTF-8"
+        if codecs.lookup(self.encoding).name == "utf-8":
+            return "save the file as UTF-8, or set `encoding` on the txt reader (e.g. latin-1)"
+        return ""
 
 
 def _parts(content: Opened, name: str) -> Iterator[Record]:

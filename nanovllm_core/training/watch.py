@@ -1,0 +1,115 @@
+"""Who is alive and how far: each rank says so once a second, so that one that died or hangs is named.
+
+In a collective every rank waits for the last. A rank that waits has come as far as that one or further, so of those that
+have not moved for `timeout` seconds the ones that are least far hold up the others; one that no longer even says so is gone
+or frozen. Told through the ranks' store, in a thread of its own: the main thread may be the one that hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from attrs import define, field, frozen
+
+BEAT = 0.5  # seconds between two words of a rank
+SILENT = 4.0  # seconds without a word after which a rank is gone or frozen
+
+
+@frozen
+class Seen:
+    """What a rank said last."""
+
+    beat: int
+    moves: int  # how far it has come
+    doing: str
+    process: int
+
+
+@define(eq=False)
+class Watch:
+    """This rank's word, and its eye on the others'.
+
+    hung: called from the watching thread with what is wrong when this rank has not moved for `timeout` seconds; what holds
+      up the others has been ended by then, if it is on this node
+    node: the ranks of this node
+    """
+
+    store: Any
+    rank: int
+    size: int
+    timeout: float
+    hung: Callable[[str], None]
+    node: range
+    _moves: int = 0
+    _doing: str = ""
+    _since: float = field(factory=time.monotonic)
+    _over: threading.Event = field(factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watch:
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def at(self, doing: str) -> None:
+        """This rank begins something that takes less than `timeout` seconds; an empty text: nothing that others wait for."""
+        self._moves, self._doing, self._since = self._moves + 1, doing, time.monotonic()
+
+    def silent(self) -> dict[int, str]:
+        """Other ranks that say nothing any more, and what they did last. Takes some seconds."""
+        before = {rank: seen for rank, seen in self._all().items() if rank != self.rank}
+        end = time.monotonic() + SILENT
+        while time.monotonic() < end:
+            time.sleep(BEAT)
+            now = self._all()
+            before = {rank: seen for rank, seen in before.items() if now.get(rank) == seen}
+        return {rank: seen.doing for rank, seen in before.items()}
+
+    def _run(self) -> None:
+        beat = 0
+        try:
+            while not self._over.wait(BEAT):
+                beat += 1
+                self.store.set(f"beat/{self.rank}", json.dumps([beat, self._moves, self._doing, os.getpid()]))
+                if self._doing and time.monotonic() - self._since > self.timeout:
+                    self.hung(self._told())
+                    return
+        except RuntimeError:  # the store is gone with the process that kept it: the main thread meets that too
+            return
+
+    def _told(self) -> str:
+        gone, seen = self.silent(), self._all()
+        if gone:
+            who = gone
+            what = "says nothing any more"
+        else:
+            least = min(s.moves for s in seen.values())
+            who = {rank: s.doing for rank, s in seen.items() if s.moves == least}
+            what = "does not go on"
+        if len(who) == self.size:
+            return f"no rank has gone on for {self.timeout:g} s (train.rank_timeout): {self._doing}"
+        for rank in who:
+            if rank in self.node and rank != self.rank:
+                with suppress(OSError):  # torchrun would wait for it; SIGTERM does nothing to what is frozen
+                    os.kill(seen[rank].process, signal.SIGKILL)
+        told = "; ".join(f"rank {rank} {what}, last: {doing or 'nothing yet'}" for rank, doing in sorted(who.items()))
+        return f"{told}; the others waited {self.timeout:g} s (train.rank_timeout)"
+
+    def _all(self) -> dict[int, Seen]:
+        found = {}
+        for rank in range(self.size):
+            if self.store.check([f"beat/{rank}"]):
+                found[rank] = Seen(*json.loads(self.store.get(f"beat/{rank}")))
+        return found
