@@ -5,7 +5,9 @@
 The run: a random Llama with tied embeddings, documents of unlike length, four micro-batches a step, clipping, fp32 on CPU.
 Each rank is a real process, with gloo between them. First the losses of every step against one rank's. Then pairs (A, B):
 A trains half the steps, B goes on: its later losses against one rank's; weights and moments that B has loaded against the
-files, bit for bit; the sequences that both were given, each as often as with one rank. Exit code 1 where anything is off.
+files, bit for bit; the sequences that both were given, each as often as with one rank. Last with `train.deterministic` on 1, 2 and
+4 ranks, unbroken and gone on with on another number: every loss and the weights bit-identical. Exit code 1 where anything is
+off.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def base(folder: Path) -> int:
     return 0
 
 
-def run(folder: Path, layout: str, out: str, steps: int) -> None:
+def run(folder: Path, layout: str, out: str, steps: int, *more: str) -> None:
     """The command on all ranks of a layout; each notes its sequences, and what it has loaded."""
     world, parallel = LAYOUTS[layout]
     with socket.socket() as free:
@@ -97,7 +99,7 @@ def run(folder: Path, layout: str, out: str, steps: int) -> None:
         observe(folder / f"{out}.{number}", world)
         from nanovllm_core.cli import main
 
-        sets = (f"output_dir={out}", f"parallel={parallel}", f"train.max_steps={steps}")
+        sets = (f"output_dir={out}", f"parallel={parallel}", f"train.max_steps={steps}", *more)
         return main(["run", "recipe.yaml", *(word for s in sets for word in ("--set", s))])
 
     logs = [folder / f"{layout}.{number}.log" for number in range(world)]
@@ -204,6 +206,26 @@ def resharded(folder: Path, pairs: list[tuple[str, str]], steps: int) -> list[di
     return rows
 
 
+def identical(folder: Path, steps: int) -> dict[str, Any]:
+    """With `deterministic`: losses and weights of each world, and of runs that change it half-way."""
+    import hashlib
+
+    def ended(*layouts: str) -> tuple[dict[int, float], str]:
+        for old in folder.glob("exact*"):
+            shutil.rmtree(old)
+        for i, layout in enumerate(layouts, 1):
+            run(folder, layout, "exact", steps * i // len(layouts), "train.deterministic=true")
+        digest = hashlib.sha256((folder / "exact" / "model.safetensors").read_bytes()).hexdigest()
+        return {step: loss for step, loss in losses(folder, "exact").items() if step > 0}, digest
+
+    wanted = ended("one")
+    plans = [("ddp2",), ("ddp4",), ("one", "ddp2"), ("ddp4", "one"), ("ddp2", "ddp4"), ("ddp4", "ddp2")]
+    rows = {" -> ".join(plan): ended(*plan) == wanted for plan in plans}
+    for plan, same in rows.items():
+        print(f"deterministic {plan:14} {'identical' if same else 'DIFFERS'}", flush=True)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50)
@@ -221,12 +243,14 @@ def main() -> int:
         if args.pairs != "all":
             pairs = random.Random(args.seed).sample(pairs, int(args.pairs))
         moved = resharded(folder, pairs, args.steps)
+        exact = identical(folder, args.steps)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     wrong = [row for row in (*rows.values(), *moved) if row["worst"] > row["bound"] or not row["sequences"]]
     wrong += [row for row in moved if not row["loaded_equal"]]
+    wrong += [{"deterministic": plan} for plan, same in exact.items() if not same]
     print(f"{len(rows)} layouts, {len(moved)} pairs, {len(wrong)} wrong, {time.perf_counter() - began:.0f} s")
-    figures = {"steps": args.steps, "layouts": rows, "pairs": moved, "wrong": wrong}
+    figures = {"steps": args.steps, "layouts": rows, "pairs": moved, "deterministic": exact, "wrong": wrong}
     print(tiny_run.written("layouts", args.out, figures))
     return 1 if wrong else 0
 

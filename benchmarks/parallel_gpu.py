@@ -31,6 +31,7 @@ from nanovllm_core.recipe import Recipe
 from nanovllm_core.registry import Registry
 from nanovllm_core.settings import settings_of
 from nanovllm_core.slots import Slots
+from nanovllm_core.training.deterministic import deterministically
 from nanovllm_core.training.trainer import Trainer
 from nanovllm_core.training.world import World
 
@@ -81,7 +82,7 @@ class Tokens:
         return []
 
 
-def measure(name: str, layout: str, world: World, warm: int, steps: int) -> dict[str, Any]:
+def measure(name: str, layout: str, world: World, warm: int, steps: int, deterministic: bool = False) -> dict[str, Any]:
     from nanovllm_models.config import outline as shape_of
 
     config, rows = outline(name), MODELS[name][-1]
@@ -92,7 +93,14 @@ def measure(name: str, layout: str, world: World, warm: int, steps: int) -> dict
     strategy = bound(Parallel, slots.named("parallel", recipe.parallel).component)
     kernels = bound(Kernels, slots.named("kernels", evolve(recipe.parallel, use="torch", options={})).component)
     accept = strategy.probe(
-        request=ParallelRequest(world_size=world.size, device="cuda", shape=shape, memory_needed=0, memory_available=0)
+        request=ParallelRequest(
+            world_size=world.size,
+            device="cuda",
+            shape=shape,
+            memory_needed=0,
+            memory_available=0,
+            deterministic=deterministic,
+        )
     )
     spread = accept.layout
     requests = {
@@ -129,7 +137,8 @@ def measure(name: str, layout: str, world: World, warm: int, steps: int) -> dict
     return {
         "model": name, "parameters": shape.parameters, "layout": layout, "ranks": world.size,
         "data": spread.data, "shard": spread.shard, "tensor": spread.tensor, "sequences_a_rank": rows,
-        "gradient_checkpointing": name == "4b", "tokens_per_second": round(tokens * steps / seconds),
+        "gradient_checkpointing": name == "4b", "deterministic": deterministic,
+        "tokens_per_second": round(tokens * steps / seconds),
         "seconds_a_step": round(seconds / steps, 4), "peak_gib": round(max(peaks), 2), "loss": round(figures["loss"], 4),
     }  # fmt: skip
 
@@ -145,16 +154,19 @@ def main() -> None:
     parser.add_argument("--models", default="0.6b,4b")
     parser.add_argument("--layouts", default="ddp;fsdp;tensor", help="separated by semicolons")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     world, rows = World.join(), []
+    if args.deterministic:
+        deterministically("cuda")
     with world.connected("cuda", 120.0):
         for name in args.models.split(","):
             for layout in args.layouts.split(";"):
                 if name == "4b" and layout in ("single", "ddp"):
                     continue  # 64 GB of weights, gradients and moments on each device
                 try:
-                    rows.append(measure(name, layout, world, 3, args.steps))
+                    rows.append(measure(name, layout, world, 3, args.steps, args.deterministic))
                 except torch.cuda.OutOfMemoryError as e:
                     rows.append({"model": name, "layout": layout, "ranks": world.size, "error": str(e).split(".")[0]})
                 if world.first:

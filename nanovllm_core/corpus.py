@@ -210,6 +210,7 @@ def batches(plan: Plan, corpus: Corpus, rows_per_step: int, rank: int, world: in
         rank=rank,
         world=world,
         device=plan.machine.device,
+        ordered=plan.model.layout.ordered,
     )
 
 

@@ -22,6 +22,7 @@ from nanovllm_core.output import BEST, finished, mark_finished
 from nanovllm_core.plan import Plan
 from nanovllm_core.settings import settings_of
 from nanovllm_core.training import checkpoint
+from nanovllm_core.training.deterministic import deterministically
 from nanovllm_core.training.export import export, write_config
 from nanovllm_core.training.parts import ALONE, load_optimizer, snapshot
 from nanovllm_core.training.saver import Saver, room_needed
@@ -126,6 +127,8 @@ class Job:
 
     def trainer(self, found: Found | None) -> tuple[Trainer, Settings]:
         """The model with its weights, and the loop, where the run stands."""
+        if self.plan.recipe.train.deterministic:
+            deterministically(self.plan.machine.device)
         plan, train = self.plan, self.plan.recipe.train
         saved = ModelFolder.open(found[0]) if found else None
         model = assemble(

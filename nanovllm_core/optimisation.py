@@ -44,6 +44,8 @@ class Train:
     save_steps: optimizer steps between checkpoints
     save_total_limit: newest checkpoints that are kept, beside the best; null keeps all
     logging_steps: optimizer steps between logged figures
+    deterministic: bit-identical losses and weights on 1, 2, 4, ... ranks (single, ddp), and on a GPU a resume that is bit for
+      bit; slower
     rank_timeout: seconds that a rank waits for the others before the run stops
     seed: of new weights, the held-out split and the order of samples
     """
@@ -77,6 +79,7 @@ class Train:
     save_steps: int = field(default=1000, validator=at_least(1))
     save_total_limit: int | None = field(default=3, validator=at_least(1))
     logging_steps: int = field(default=10, validator=at_least(1))
+    deterministic: bool = False
     rank_timeout: float = field(default=600.0, validator=between(1, 1_000_000))
     seed: int = field(default=42, validator=[at_least(0), below(2**63)])
 

@@ -135,6 +135,19 @@ def _refuse_own_output(choice: Choice, output_dir: Path, recipe: Recipe) -> None
 
 
 def _step(recipe: Recipe, model: ModelPlan) -> Decision:
+    """Raises RecipeError where `deterministic` cannot be kept."""
+    step, train = _whole_step(recipe, model), recipe.train
+    parts, over = divmod(step.value, train.per_device_train_batch_size)
+    if train.deterministic and (over or parts & (parts - 1) or parts < model.layout.data):
+        raise RecipeError(
+            f"{recipe.text.place(('train', 'deterministic'))}: train.deterministic: a step of {step.value} sequences in "
+            f"micro-batches of {train.per_device_train_batch_size} on {model.layout.data} ranks; it needs 1, 2, 4, 8, ... "
+            "micro-batches to a step, at least one a rank: set train.global_batch_size to such a multiple"
+        )
+    return step
+
+
+def _whole_step(recipe: Recipe, model: ModelPlan) -> Decision:
     train, replicas = recipe.train, model.layout.data * model.layout.shard
     if train.global_batch_size is not None:
         return Decision(train.global_batch_size, "the recipe says so")

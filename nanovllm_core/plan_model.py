@@ -147,10 +147,11 @@ def placed(slots: Slots, parts: Parts, outline: Outline, machine: Machine, *, tr
         shape=shape,
         memory_needed=memory_of(recipe, machine, shape, dtype, frozen).total,
         memory_available=machine.memory,
+        deterministic=recipe.train.deterministic and training,
     )
     asked, by = parts.parallel
     place = slots.place(recipe.parallel.at)
-    probe = lambda p: _within_limits(bound(Parallel, p).probe(request=request), shape)  # noqa: E731
+    probe = lambda p: _within_limits(bound(Parallel, p).probe(request=request), shape, request)  # noqa: E731
     parallel = choose("parallel", asked, probe, by, place)
     layout = parallel.accept.layout or Layout()
     kernels = {
@@ -172,8 +173,10 @@ def placed(slots: Slots, parts: Parts, outline: Outline, machine: Machine, *, tr
     )
 
 
-def _within_limits(verdict: Verdict, shape: Shape) -> Verdict:
-    """A strategy need not know which models cannot be split."""
+def _within_limits(verdict: Verdict, shape: Shape, request: ParallelRequest) -> Verdict:
+    """A strategy need not know which models cannot be split, nor of `deterministic`."""
+    if request.deterministic and isinstance(verdict, Accept) and not (verdict.layout and verdict.layout.ordered):
+        return Refuse("it does not say that it sums gradients in one order, which train.deterministic asks for")
     split = isinstance(verdict, Accept) and verdict.layout is not None and verdict.layout.tensor > 1
     if split and "tensor" in shape.limits:
         return Refuse(f"the model cannot be split over tensor-parallel ranks: {shape.limits['tensor']}")

@@ -20,6 +20,7 @@ class Layout:
     data: int = 1
     shard: int = 1
     tensor: int = 1
+    ordered: bool = False  # gradients are summed in one order, whatever the number of ranks
 
 
 @frozen(kw_only=True)
@@ -31,6 +32,7 @@ class ParallelRequest:
     shape: Shape
     memory_needed: int  # bytes on one device, were nothing sharded
     memory_available: int  # bytes on one device; 0 when unknown
+    deterministic: bool = False  # an Accept's layout must be `ordered`
 
 
 class Parallelized(Protocol):

@@ -42,12 +42,15 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         device: str = "cpu",
+        ordered: bool = False,
     ) -> None:
+        """`ordered`: a step is always the same micro-batches, some perhaps empty, of which each rank has its share in order."""
         if not len(packing):
             raise ValueError("there is nothing to train on: no sequence")
         self.chunks, self.packing, self.seed = chunks, packing, seed
         self.rows_per_step, self.rows, self.rank, self.world, self.device = rows_per_step, rows, rank, world, device
         self.total = None if epochs is None else max(1, math.ceil(epochs * len(packing)))
+        self.ordered = ordered
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     @property
@@ -59,8 +62,12 @@ class Batches:
         """This rank's part of the step that begins `position` sequences into the run."""
         end = self._end(position)
         sequences = self.sequences(position, end)
-        mine = _part(sequences, self.rank, self.world)
-        turns = _turns(len(sequences), self.rows, self.world)
+        if self.ordered:
+            share = self.rows_per_step // self.world
+            mine, turns = sequences[self.rank * share : (self.rank + 1) * share], share // self.rows
+        else:
+            mine = _part(sequences, self.rank, self.world)
+            turns = _turns(len(sequences), self.rows, self.world)
         micro = tuple(_micro_batches(self.chunks, self.packing, mine, turns, self.rows, self.device))
         if self.world == 1:
             trained = sum(m.trained for m in micro)

@@ -226,17 +226,18 @@ class Trainer:
         """One optimizer step: its figures; none where the step is left out."""
         s, model = self.settings, self.model
         learning_rate = s.learning_rate * s.schedule.share(self.step)
-        total: torch.Tensor | None = None
+        losses = []
         self.at(f"step {self.step + 1}")
         for i, micro in enumerate(self.stop.checked(data.micro_batches), 1):
             self.at(f"step {self.step + 1}, micro-batch {i}")
             with model.micro_batch(last=i == len(data.micro_batches)):
                 loss = model(micro.tokens, micro.batch, micro.targets) / max(1, data.trained)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None, "a step has at least one micro-batch"
+            losses.append(loss.detach())
         self.at(f"step {self.step + 1}, the optimizer")
-        value = float(model.total(total))
+        table = losses[0].new_zeros(len(losses), model.data_size)
+        table[:, model.data_rank] = torch.stack(losses)
+        value = sum(model.total(table).double().t().flatten().tolist())  # in one order, whoever made them
         norm = float(model.clip(s.clipping))
         if bad := self.guard.accept(value, norm):
             self.optimizer.zero_grad(set_to_none=True)

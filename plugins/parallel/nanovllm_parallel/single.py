@@ -16,10 +16,10 @@ class Single:
     def probe(self, request: ParallelRequest) -> Verdict:
         if request.world_size != 1:
             return Refuse(f"runs on one process; there are {request.world_size}")
-        return Accept(priority=30, why="one process", layout=Layout())
+        return Accept(priority=30, why="one process", layout=Layout(ordered=request.deterministic))
 
     @hookimpl
     def parallelize(self, module: Module, layout: Layout, mesh: object) -> Parallelized:
-        from nanovllm_parallel.local import Local
+        from nanovllm_parallel.spread import spread
 
-        return Local(module)
+        return spread(module, layout, mesh)

@@ -64,6 +64,10 @@ def spread(module: Module, layout: Layout, mesh: Any, *, reshard: bool | None = 
 
     `reshard`: shards are put away after a block's forward and gathered again in its backward; None: where that saves much.
     """
+    if layout.ordered:
+        from nanovllm_parallel.ordered import Ordered
+
+        return Ordered(module, layout, mesh)
     if layout == Layout():
         return Local(module)
     if layout.tensor > 1:

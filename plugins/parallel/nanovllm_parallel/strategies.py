@@ -10,6 +10,7 @@ from nanovllm_core.hookspecs import hookimpl
 
 FULL = 0.9  # of the free memory may be planned for
 DEGREE = optional(ge(1))
+ORDER = "train.deterministic is kept by single and ddp alone: sums over shards and slices have an order of their own"
 
 
 def _gigabytes(request: ParallelRequest) -> str:
@@ -35,7 +36,9 @@ class Ddp:
 
     @hookimpl
     def probe(self, request: ParallelRequest) -> Verdict:
-        layout = Layout(data=request.world_size)
+        if request.deterministic and request.world_size & (request.world_size - 1):
+            return Refuse(f"train.deterministic sums over 1, 2, 4, 8, ... ranks; there are {request.world_size}")
+        layout = Layout(data=request.world_size, ordered=request.deterministic)
         if _fits(request):
             return Accept(20, f"the whole model fits: {_gigabytes(request)}", layout)
         return Accept(5, f"the whole model may not fit: {_gigabytes(request)}", layout)
@@ -61,6 +64,8 @@ class Fsdp:
 
     @hookimpl
     def probe(self, request: ParallelRequest) -> Verdict:
+        if request.deterministic:
+            return Refuse(ORDER)
         world = request.world_size
         shard = self.shard or world
         if world % shard:
@@ -125,6 +130,8 @@ class Mesh:
 
 def _laid_out(request: ParallelRequest, data: int | None, shard: int | None, tensor: int) -> Verdict:
     """What is left of the world goes to `data`, or `shard`, whichever is None; where both are, to `shard`."""
+    if request.deterministic:
+        return Refuse(ORDER)
     product = (data or 1) * (shard or 1) * tensor
     rest, over = divmod(request.world_size, product)
     if over or (rest > 1 and data is not None and shard is not None):
