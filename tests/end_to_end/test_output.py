@@ -168,13 +168,13 @@ def test_a_move_that_was_cut_short_is_finished(go):
     old = weights(out)
     moving = out / "previous" / "1.moving"
     moving.mkdir(parents=True)
-    for name in ("plan.lock.json", "checkpoint-2", "tokenizer.json"):
+    for name in ("plan.lock.json", "checkpoint-4", "tokenizer.json"):
         (out / name).rename(moving / name)
     _, watch = go()
     assert watch.said("previous/1")
     assert sorted(watch.steps) == [1, 2, 3, 4, 5, 6]
     assert same(weights(out / "previous" / "1"), old)
-    assert (out / "previous" / "1" / "checkpoint-2").is_dir()
+    assert (out / "previous" / "1" / "checkpoint-4").is_dir()
     assert not moving.exists()
 
 
