@@ -77,6 +77,8 @@ def test_every_layout_has_the_losses_of_one_rank_and_goes_on_from_any_other(tmp_
     got = json.loads(out.read_text())
     assert len(got["layouts"]) == 6
     assert len(got["pairs"]) == 3
+    assert got["deterministic"] == dict.fromkeys(got["deterministic"], True)
+    assert len(got["deterministic"]) == 6
     assert not got["wrong"]
 
 
@@ -185,3 +187,15 @@ def test_the_step_stays_as_it_was_on_another_number_of_ranks(folder):
     assert "going on from checkpoint-4" in done.stdout
     done = run(folder, *sets, "train.max_steps=8", "train.gradient_accumulation_steps=1", processes=0)
     assert "the old contents of" in done.stdout
+
+
+def test_what_deterministic_cannot_keep_is_refused_with_its_reason(folder):
+    done = run(folder, "train.deterministic=true", "train.global_batch_size=6", processes=0)
+    assert done.returncode == 2
+    assert (
+        "train.deterministic: a step of 6 sequences in micro-batches of 1 on 1 ranks; it needs 1, 2, 4, 8"
+        in done.stderr
+    )
+    done = run(folder, "train.deterministic=true", "parallel=fsdp")
+    assert done.returncode == 2
+    assert "train.deterministic is kept by single and ddp alone" in done.stderr

@@ -32,6 +32,7 @@ data:
 tokenizer: bytes
 model: {use: conv, hidden: 48, dilations: [1, 4, 16]}
 kernels: {swiglu: lean}
+parallel: flat
 train: {max_steps: 60, learning_rate: 3e-3, warmup_steps: 2, per_device_train_batch_size: 2, save_steps: 10, eval_steps: 30}
 generate: {prompts: ["The river"], max_tokens: 16, temperature: 0}
 callbacks: [progress, metrics, tensorboard]
@@ -89,7 +90,7 @@ def said(place):
 def test_packages_come_from_the_wheels_alone(place):
     code = "import importlib, sys; print(*(importlib.import_module(n).__file__ for n in sys.argv[1:]), sep='\\n')"
     found = checked([place / "venv" / "bin" / "python", "-c", code, *PACKAGES], place)[0].splitlines()
-    assert len(found) == len(PACKAGES) == 7
+    assert len(found) == len(PACKAGES) == 8
     assert all(Path(path).is_relative_to(place / "venv") for path in found), found
 
 
@@ -104,6 +105,7 @@ def test_plugins_lists_them_with_their_distributions(place):
         ("tokenizers", "bytes", "nanovllm-bytes"),
         ("models", "conv", "nanovllm-conv"),
         ("kernels", "lean", "nanovllm-swiglu"),
+        ("parallel", "flat", "nanovllm-flat"),
         ("callbacks", "tensorboard", "nanovllm-tensorboard"),
     }
 
@@ -117,6 +119,7 @@ def test_explain_says_who_does_what(place):
         "conv from nanovllm-conv 0.1.0, by recipe: random weights",
         "hidden: 48 (recipe.yaml:10:28",
         "lean from nanovllm-swiglu 0.1.0, by recipe: keeps one activation instead of two",
+        "flat from nanovllm-flat 0.1.0, by recipe: when it is named",
         "tensorboard from nanovllm-tensorboard 0.1.0",
     ):
         assert text in told, told

@@ -1,0 +1,1 @@
+"""A parallel strategy of a stranger."""
