@@ -171,7 +171,7 @@ class Job:
             limit=plan.recipe.train.save_total_limit,
             write_rest=lambda partial: write_config(partial, self.config, self.corpus.tokenizer, "float32"),
             saved=lambda step, path: self.events.checkpoint_saved(step=step, path=path),
-            free=host_memory,
+            free=lambda: host_memory() // self.world.local_size,
             resumed=found[0] if found else None,
             world=self.world,
         )

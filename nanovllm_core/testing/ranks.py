@@ -96,9 +96,11 @@ def measure(strategy: Parallel, world: int, mesh: Any) -> tuple[dict[str, Any], 
         held = [(name, t.detach().clone()) for name, t in full_state(model.module)]
         numbers[f"names {when}"] = [name for name, _ in held]
         tensors |= {f"{when}/{name}": t for name, t in held}
+        trained = [id(p) for _, p in model.module.named_parameters()]
         numbers[f"after {when}"] = evaluate(model)
+        same = [id(p) for _, p in model.module.named_parameters()] == trained  # those that an optimizer has
         again = dict(full_state(model.module))
-        numbers[f"kept {when}"] = again.keys() == dict(held).keys() and all(again[n].equal(t) for n, t in held)
+        numbers[f"kept {when}"] = same and again.keys() == dict(held).keys() and all(again[n].equal(t) for n, t in held)
     return numbers, tensors
 
 

@@ -199,3 +199,21 @@ def test_what_deterministic_cannot_keep_is_refused_with_its_reason(folder):
     done = run(folder, "train.deterministic=true", "parallel=fsdp")
     assert done.returncode == 2
     assert "train.deterministic is kept by single and ddp alone" in done.stderr
+
+
+def test_what_is_frozen_thaws_on_every_layout(folder):
+    rules = (
+        "train.freeze=model.layers.0.*", "train.unfreeze=[{at: 3, parameters: ['model.layers.1.*', 'model.norm.*']}]",
+        "train.gradient_checkpointing=true", "train.max_steps=8", "train.learning_rate=1e-2",
+    )  # fmt: skip
+    assert run(folder, *rules, "output_dir=one", processes=0).returncode == 0
+    one, wanted = load_file(folder / "one" / "model.safetensors"), losses(folder / "one")
+    for name in ("ddp", "fsdp", "tensor"):
+        done = run(folder, *rules, f"output_dir={name}", f"parallel={name}")
+        assert done.returncode == 0, done.stderr
+        assert "parameters thaw" in done.stdout
+        assert losses(folder / name) == pytest.approx(wanted, rel=1e-5), name
+        held = load_file(folder / name / "model.safetensors")
+        for key, value in one.items():
+            frozen = key.startswith("model.layers.0.")
+            assert held[key].equal(value) if frozen else (held[key] - value).abs().mean() < 1e-5, (name, key)
