@@ -1,4 +1,4 @@
-"""Seed the bugs of mutants.py (data, the step, saving, going on, stopping), one at a time: the tests must fail for each.
+"""Seed the bugs of mutants.py and mutants_training.py (data, the step, saving, going on, stopping), one at a time: the tests must fail for each.
 
     python benchmarks/mutations.py [NAME ...] [--out FILE]
 
@@ -18,9 +18,11 @@ import time
 from pathlib import Path
 
 import tiny_run
-from mutants import BUGS
+from mutants import BUGS as SAVING
+from mutants_training import BUGS as TRAINING
 
 REPOSITORY = Path(__file__).parents[1]
+BUGS = SAVING | TRAINING
 
 
 def seen(copy: Path, bug: str) -> tuple[bool, str]:
