@@ -1,4 +1,4 @@
-"""Seed the bugs of mutants.py and mutants_training.py (data, the step, saving, going on, stopping), one at a time: the tests must fail for each.
+"""Seed the bugs of mutants.py and mutants_training.py, one at a time: the tests must fail for each.
 
     python benchmarks/mutations.py [NAME ...] [--out FILE]
 
