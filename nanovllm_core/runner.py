@@ -71,6 +71,7 @@ class _Run:
             raise RefusedError(
                 f"parallel: the plan is for {plan.machine.world_size} processes and {world.size} are here"
             )
+        world.be_patient(plan.recipe.train.rank_timeout)
         with ExitStack() as stack:
             claim = stack.enter_context(claimed(self.folder)) if world.first else None
             self.events.run_started(plan=plan)

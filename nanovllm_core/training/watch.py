@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -34,34 +34,32 @@ class Seen:
 
 @define(eq=False)
 class Watch:
-    """This rank's word, and its eye on the others'.
+    """This rank's word from `start` on, and its eye on the others'.
 
+    node: the ranks of this node
     hung: called from the watching thread with what is wrong when this rank has not moved for `timeout` seconds; what holds
       up the others has been ended by then, if it is on this node
-    node: the ranks of this node
+    timeout: seconds; of a rank that says nothing, also before the run knows its own
     """
 
     store: Any
     rank: int
     size: int
-    timeout: float
-    hung: Callable[[str], None]
     node: range
+    hung: Callable[[str], None]
+    timeout: float = 60.0
     _moves: int = 0
     _doing: str = ""
     _since: float = field(factory=time.monotonic)
+    _heard: dict[int, tuple[Seen, float]] = field(factory=dict)  # rank -> its last word, and when that was new
     _over: threading.Event = field(factory=threading.Event)
-    _thread: threading.Thread | None = None
 
-    def __enter__(self) -> Watch:
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
-        return self
+    def start(self) -> None:
+        """Say a word twice a second from now on, for as long as the process lives or until `stop`."""
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
 
-    def __exit__(self, *exc: object) -> None:
+    def stop(self) -> None:
         self._over.set()
-        if self._thread is not None:
-            self._thread.join()
 
     def at(self, doing: str) -> None:
         """This rank begins something that takes less than `timeout` seconds; an empty text: nothing that others wait for."""
@@ -76,6 +74,24 @@ class Watch:
             now = self._all()
             before = {rank: seen for rank, seen in before.items() if now.get(rank) == seen}
         return {rank: seen.doing for rank, seen in before.items()}
+
+    def frozen(self, ranks: Iterable[int]) -> str:
+        """Who of these has said nothing new for `timeout` seconds, of calls of this; they are ended. Empty for none."""
+        told, now, seen = [], time.monotonic(), self._all()
+        for rank in ranks:
+            word = seen.get(rank, Seen(0, 0, "", 0))
+            before, since = self._heard.get(rank, (None, now))
+            self._heard[rank] = (word, since if word == before else now)
+            if word == before and now - since > self.timeout:
+                told.append(f"rank {rank} says nothing any more, last: {word.doing or 'nothing yet'}")
+                self._end(rank, word)
+        return "; ".join(told)
+
+    def _end(self, rank: int, word: Seen) -> None:
+        """On this node: torchrun would wait for it, and SIGTERM does nothing to what is frozen."""
+        if rank in self.node and rank != self.rank and word.process:
+            with suppress(OSError):
+                os.kill(word.process, signal.SIGKILL)
 
     def _run(self) -> None:
         beat = 0
@@ -101,9 +117,7 @@ class Watch:
         if len(who) == self.size:
             return f"no rank has gone on for {self.timeout:g} s (train.rank_timeout): {self._doing}"
         for rank in who:
-            if rank in self.node and rank != self.rank:
-                with suppress(OSError):  # torchrun would wait for it; SIGTERM does nothing to what is frozen
-                    os.kill(seen[rank].process, signal.SIGKILL)
+            self._end(rank, seen[rank])
         told = "; ".join(f"rank {rank} {what}, last: {doing or 'nothing yet'}" for rank, doing in sorted(who.items()))
         return f"{told}; the others waited {self.timeout:g} s (train.rank_timeout)"
 

@@ -39,6 +39,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     _store: Any = field(default=None, repr=False)
+    _watch: Watch | None = field(default=None, repr=False)
 
     @classmethod
     def join(cls) -> World:
@@ -53,8 +54,13 @@ class World:
         local, count = (
             int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
         )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # messages of the one before are still there
-        return cls(rank, size, int(local), int(count), PrefixStore(f"nanovllm/{attempt}", store))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # messages of earlier runs are still there
+        store = PrefixStore(f"nanovllm/{attempt}/{store.add(f'joined/{attempt}/{rank}', 1)}", store)
+        watch = Watch(store, rank, size, range(rank - local, rank - local + count), hung=lambda told: None)
+        world = cls(rank, size, local, count, store, watch)
+        watch.hung = world._hung
+        watch.start()
+        return world
 
     @property
     def first(self) -> bool:
@@ -71,13 +77,31 @@ class World:
     def hear(self, key: str) -> Any:
         """The message told under `key`, once it is there. Raises Elsewhere when a rank failed meanwhile."""
         try:
+            looked = time.monotonic()
             while not self._store.check([key]):
                 if self._store.check([FAILED]):
                     raise Elsewhere(self._store.get(FAILED).decode())
                 time.sleep(LOOK)
+                if time.monotonic() - looked > 1:
+                    looked = time.monotonic()
+                    self._look()
             return json.loads(self._store.get(key))
         except RuntimeError as e:  # of torch.distributed
             raise Elsewhere(f"{GONE} ({str(e).splitlines()[0]})") from e
+
+    def _look(self) -> None:
+        """Raise Elsewhere where a rank that is waited for is frozen. Each waits for the first, the first for all."""
+        assert self._watch is not None
+        others = range(1, self.size) if self.first else (0,)
+        if told := self._watch.frozen(others):
+            error = Elsewhere(told)
+            self.fail(error)
+            raise error
+
+    def be_patient(self, seconds: float) -> None:
+        """How long a rank may hold up the others."""
+        if self._watch is not None:
+            self._watch.timeout = seconds
 
     def from_first(self, key: str, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, on every rank; plain data."""
@@ -124,6 +148,8 @@ class World:
         if self.first:
             for rank in range(1, self.size):
                 self.hear(f"left/{rank}")
+        if self._watch is not None:
+            self._watch.stop()
 
     # ------------------------------------------------------------ collectives
 
@@ -131,8 +157,8 @@ class World:
     def connected(self, device: str, timeout: float) -> Iterator[Callable[[str], None]]:
         """Within, torch's process group exists: gloo for CPU tensors, NCCL for those of GPUs.
 
-        Gives what each rank must call before anything that others wait for. A rank that is stuck there for `timeout` seconds
-        ends this process; what went wrong because a rank died is raised as Elsewhere.
+        Gives what each rank must call before anything that others wait for. A rank that is stuck there for long
+        (`be_patient`) ends this process; what went wrong because a rank died is raised as Elsewhere.
         """
         if self.size == 1:
             yield lambda doing: None
@@ -151,20 +177,22 @@ class World:
             world_size=self.size,
             timeout=timedelta(seconds=timeout + PATIENCE),
         )
-        node = range(self.rank - self.local_rank, self.rank - self.local_rank + self.local_size)
-        with Watch(self._store, self.rank, self.size, timeout, self._hung, node) as watch:
-            try:
-                yield watch.at
-            except RuntimeError as e:
-                watch.at("")
-                with unsignalled():
-                    gone = watch.silent()
-                if not gone:
-                    raise
-                told = "; ".join(
-                    f"rank {rank} is gone, last: {doing or 'nothing yet'}" for rank, doing in sorted(gone.items())
-                )
-                raise Elsewhere(told) from e
+        watch = self._watch
+        assert watch is not None
+        try:
+            yield watch.at
+        except RuntimeError as e:
+            watch.at("")
+            with unsignalled():
+                gone = watch.silent()
+            if not gone:
+                raise
+            told = "; ".join(
+                f"rank {rank} is gone, last: {doing or 'nothing yet'}" for rank, doing in sorted(gone.items())
+            )
+            raise Elsewhere(told) from e
+        finally:
+            watch.at("")
         distributed.destroy_process_group()
 
     def _hung(self, told: str) -> None:

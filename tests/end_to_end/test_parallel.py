@@ -102,6 +102,20 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_and_the_run_goes_on(folder, h
     assert same(folder / "out", folder / "whole")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_frozen_before_training_ends_the_others(folder, rank):
+    process = subprocess.Popen(command(), cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (folder / "out").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(ranks(folder)[rank], signal.SIGSTOP)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert time.monotonic() - began < 10 + 10
+    assert f"rank {rank} says nothing any more, last: " in err, err
+    assert not ranks(folder)
+
+
 def test_restarts_go_on_by_themselves(folder):
     long = ("train.max_steps=30", "train.save_steps=10")
     process = subprocess.Popen(
