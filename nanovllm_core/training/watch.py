@@ -56,6 +56,7 @@ class Watch:
 
     def start(self) -> None:
         """Say a word twice a second from now on, for as long as the process lives or until `stop`."""
+        self._say(0)  # now: what freezes at once must be known to others, with its process
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def stop(self) -> None:
@@ -98,12 +99,15 @@ class Watch:
         try:
             while not self._over.wait(BEAT):
                 beat += 1
-                self.store.set(f"beat/{self.rank}", json.dumps([beat, self._moves, self._doing, os.getpid()]))
+                self._say(beat)
                 if self._doing and time.monotonic() - self._since > self.timeout:
                     self.hung(self._told())
                     return
         except RuntimeError:  # the store is gone with the process that kept it: the main thread meets that too
             return
+
+    def _say(self, beat: int) -> None:
+        self.store.set(f"beat/{self.rank}", json.dumps([beat, self._moves, self._doing, os.getpid()]))
 
     def _told(self) -> str:
         gone, seen = self.silent(), self._all()
