@@ -91,7 +91,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_and_the_run_goes_on(folder, h
     began = time.monotonic()
     os.kill(ranks(folder)[1], how)
     _, err = process.communicate(timeout=120)
-    assert time.monotonic() - began < 10 + 10
+    assert time.monotonic() - began < 35  # 10 and what a slow machine adds; torchrun's own patience would be 40
     assert process.returncode not in (0, 1), err
     assert re.search(r"rank 1 (is gone|says nothing any more), last: (step|saving)", err), err
     assert not ranks(folder)
@@ -111,7 +111,7 @@ def test_a_rank_that_is_frozen_before_training_ends_the_others(folder, rank):
     os.kill(ranks(folder)[rank], signal.SIGSTOP)
     began = time.monotonic()
     _, err = process.communicate(timeout=120)
-    assert time.monotonic() - began < 10 + 10
+    assert time.monotonic() - began < 35  # 10 and what a slow machine adds; torchrun's own patience would be 40
     assert f"rank {rank} says nothing any more, last: " in err, err
     assert not ranks(folder)
 
@@ -138,7 +138,7 @@ def test_a_signal_to_the_launcher_saves_on_all_ranks(folder):
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25  # torchrun's own patience is 30
     assert process.returncode == 128 + signal.SIGTERM
     assert err.count("the same command goes on from checkpoint-") == 1, err
     assert len(list((folder / "out").glob("checkpoint-*"))) == 1
