@@ -201,7 +201,7 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     ),
     "slices do not sum the gradients of norms": (
         PARALLEL + "slices.py",
-        "        distributed.all_reduce(grad, group=ctx.group)\n",
+        "    distributed.all_reduce(x, group=group)\n",
         "",
         RANKS,
     ),

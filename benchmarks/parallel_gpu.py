@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import evolve
 
 from nanovllm_core.assemble import fill
 from nanovllm_core.contracts import Batch, KernelRequest, MicroBatch, Ops, ParallelRequest, Shape, Step
 from nanovllm_core.hooks import bound
 from nanovllm_core.hookspecs import Kernels, Parallel
-from nanovllm_core.recipe import Recipe
+from nanovllm_core.recipe import Component, Recipe
 from nanovllm_core.registry import Registry
 from nanovllm_core.settings import settings_of
 from nanovllm_core.slots import Slots
@@ -91,7 +90,7 @@ def measure(name: str, layout: str, world: World, warm: int, steps: int, determi
     registry = Registry.from_environment()
     slots = Slots(registry, recipe)
     strategy = bound(Parallel, slots.named("parallel", recipe.parallel).component)
-    kernels = bound(Kernels, slots.named("kernels", evolve(recipe.parallel, use="torch", options={})).component)
+    kernels = bound(Kernels, slots.named("kernels", Component(use="torch")).component)
     accept = strategy.probe(
         request=ParallelRequest(
             world_size=world.size,
@@ -160,7 +159,8 @@ def main() -> None:
     world, rows = World.join(), []
     if args.deterministic:
         deterministically("cuda")
-    with world.connected("cuda", 120.0):
+    world.be_patient(120.0)
+    with world.connected("cuda"):
         for name in args.models.split(","):
             for layout in args.layouts.split(";"):
                 if name == "4b" and layout in ("single", "ddp"):

@@ -49,14 +49,14 @@ def run(args: argparse.Namespace) -> int:
         from nanovllm_core.launch import launch
 
         return launch(["run", *args.again], args.nproc, args.max_restarts)
-    if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1":
-        return _run(args)
     from nanovllm_core.training.world import World
 
     world = World.join()
     try:
         return _run(args, world)
     except NanoError as e:
+        if world.size == 1:
+            raise
         world.fail(e)
         if world.may_speak():
             text = str(e) if isinstance(e, Elsewhere) else f"rank {world.rank}: {e}"
@@ -64,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
         return 2
 
 
-def _run(args: argparse.Namespace, world: World | None = None) -> int:
+def _run(args: argparse.Namespace, world: World) -> int:
     from nanovllm_core.interrupt import Interrupt
     from nanovllm_core.training.stop import StopRequest
 
     stop = StopRequest()
     hint = "the same command goes on from the newest checkpoint, if there is one"
-    with Interrupt(stop, hint, speaks=world is None or world.first) as interrupt:
+    with Interrupt(stop, hint, speaks=world.first) as interrupt:
         from nanovllm_core.machine import Machine
 
         plan = _make_plan(args, lambda: _smallest(Machine.detect(), world))
@@ -88,15 +88,13 @@ def _run(args: argparse.Namespace, world: World | None = None) -> int:
             said = f"interrupted; the same command {goes_on(plan.output_dir)}"
         else:
             return 0
-        if world is None or world.first:
+        if world.first:
             print(f"nanovllm: {said}", file=sys.stderr)
         return interrupt.code
 
 
-def _smallest(machine: Machine, world: World | None) -> Machine:
+def _smallest(machine: Machine, world: World) -> Machine:
     """The machine as every rank plans for it: with the memory of the rank that has least."""
-    if world is None:
-        return machine
     return evolve(machine, memory=min(world.everyone("memory", machine.memory)))
 
 

@@ -97,7 +97,7 @@ class _Run:
                 if world.first:
                     world.tell("tokens", True)
                 state = self.state_of(found)
-                with world.connected(plan.machine.device, plan.recipe.train.rank_timeout) as at:
+                with world.connected(plan.machine.device) as at:
                     Job(plan, corpus, who, self.events, self.stop, world, at).run(state)
             if world.first:
                 tidy(self.folder)

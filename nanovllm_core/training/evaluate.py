@@ -10,6 +10,7 @@ import torch
 from attrs import frozen
 
 from nanovllm_core.contracts import MicroBatch, Parallelized
+from nanovllm_core.training.sharding import of_all_ranks
 
 Figures = Mapping[str, float]
 
@@ -49,9 +50,8 @@ def evaluate(model: Parallelized, evaluation: Evaluation) -> tuple[dict[str, flo
     with torch.no_grad():  # not inference_mode: a sharded model keeps what it gathers, and training goes on with it
         for row, micro in evaluation.batches(model.data_rank, model.data_size):
             mine.append((row, float(model(micro.tokens, micro.batch, micro.targets)), micro.trained))
-        turns = torch.zeros(len(mine), model.data_size, 3, dtype=torch.float64)
-        turns[:, model.data_rank] = torch.tensor(mine, dtype=torch.float64).reshape(-1, 3)
-        for row, loss, tokens in model.total(turns).flatten(0, 1).tolist():  # in one order, whoever made them
+        turns = of_all_ranks(model, torch.tensor(mine, dtype=torch.float64).reshape(-1, 3))
+        for row, loss, tokens in turns.flatten(0, 1).tolist():  # in one order, whoever made them
             sums[int(row)] += torch.tensor([loss, tokens], dtype=torch.float64)
     module.train(True)
     rows = [(row, float(loss), int(tokens)) for row, (loss, tokens) in zip(table, sums.tolist(), strict=True)]

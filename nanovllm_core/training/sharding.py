@@ -1,4 +1,4 @@
-"""Between a parameter in full and what a rank holds of it: plain tensors, or torch's DTensors on any mesh.
+"""Between what is whole and what a rank holds of it. Parameters are plain tensors, or torch's DTensors on any mesh.
 
 A DTensor that a strategy splits over several mesh axes is split from the last axis to the first: tensor-parallel slices
 first, then shards of the slice, which is what torch's `fully_shard` does to a tensor-parallel parameter.
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nanovllm_core.contracts import Module
+from nanovllm_core.contracts import Module, Parallelized
 
 
 def is_spread(tensor: Tensor) -> bool:
@@ -28,7 +28,7 @@ def part(whole: Tensor, like: Tensor) -> Tensor:
     for axis in reversed(range(mesh.ndim)):
         dim = getattr(spread.placements[axis], "dim", None)  # of Shard, and of what fully_shard makes of a slice
         if dim is not None:
-            local = _chunk(local, dim, mesh.size(axis), mesh.get_coordinate()[axis])
+            local = chunk(local, dim, mesh.size(axis), mesh.get_coordinate()[axis])
     return local
 
 
@@ -65,7 +65,14 @@ def full_state(module: Module) -> Iterator[tuple[str, Tensor]]:
         yield name, whole(parameter.detach())
 
 
-def _chunk(tensor: Tensor, dim: int, count: int, index: int) -> Tensor:
+def of_all_ranks(model: Parallelized, mine: Tensor) -> Tensor:
+    """[turns, ...] of each data rank as [turns, data ranks, ...] on every one: exact, each value is added to zeros."""
+    table = mine.new_zeros(len(mine), model.data_size, *mine.shape[1:])
+    table[:, model.data_rank] = mine
+    return model.total(table)
+
+
+def chunk(tensor: Tensor, dim: int, count: int, index: int) -> Tensor:
     """One of `count` parts as torch.chunk makes them: the last ones may be shorter, or empty."""
     size = -(-tensor.shape[dim] // count)
     start = min(index * size, tensor.shape[dim])

@@ -23,6 +23,7 @@ from nanovllm_core.training.guard import BadSteps, Guard
 from nanovllm_core.training.optimizer import adamw
 from nanovllm_core.training.recompute import recompute_blocks
 from nanovllm_core.training.schedule import Schedule
+from nanovllm_core.training.sharding import of_all_ranks
 from nanovllm_core.training.stop import StopRequest
 
 T = TypeVar("T")
@@ -235,9 +236,8 @@ class Trainer:
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
             losses.append(loss.detach())
         self.at(f"step {self.step + 1}, the optimizer")
-        table = losses[0].new_zeros(len(losses), model.data_size)
-        table[:, model.data_rank] = torch.stack(losses)
-        value = sum(model.total(table).double().t().flatten().tolist())  # in one order, whoever made them
+        table = of_all_ranks(model, torch.stack(losses))
+        value = sum(table.double().t().flatten().tolist())  # in one order, whoever made them
         norm = float(model.clip(s.clipping))
         if bad := self.guard.accept(value, norm):
             self.optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Who is alive and how far: each rank says so once a second, so that one that died or hangs is named.
+"""Who is alive and how far: each rank says so twice a second, so that one that died or hangs is named.
 
 In a collective every rank waits for the last. A rank that waits has come as far as that one or further, so of those that
 have not moved for `timeout` seconds the ones that are least far hold up the others; one that no longer even says so is gone
@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,14 @@ from attrs import define, field, frozen
 
 BEAT = 0.5  # seconds between two words of a rank
 SILENT = 4.0  # seconds without a word after which a rank is gone or frozen
+
+
+SILENCE = "says nothing any more"
+
+
+def said(doing: Mapping[int, str], what: str) -> str:
+    """What is the matter with some ranks, and what each did last."""
+    return "; ".join(f"rank {rank} {what}, last: {last or 'nothing yet'}" for rank, last in sorted(doing.items()))
 
 
 @frozen
@@ -78,15 +86,15 @@ class Watch:
 
     def frozen(self, ranks: Iterable[int]) -> str:
         """Who of these has said nothing new for `timeout` seconds, of calls of this; they are ended. Empty for none."""
-        told, now, seen = [], time.monotonic(), self._all()
+        gone, now, seen = {}, time.monotonic(), self._all()
         for rank in ranks:
             word = seen.get(rank, Seen(0, 0, "", 0))
             before, since = self._heard.get(rank, (None, now))
             self._heard[rank] = (word, since if word == before else now)
             if word == before and now - since > self.timeout:
-                told.append(f"rank {rank} says nothing any more, last: {word.doing or 'nothing yet'}")
+                gone[rank] = word.doing
                 self._end(rank, word)
-        return "; ".join(told)
+        return said(gone, SILENCE)
 
     def _end(self, rank: int, word: Seen) -> None:
         """On this node: torchrun would wait for it, and SIGTERM does nothing to what is frozen."""
@@ -113,7 +121,7 @@ class Watch:
         gone, seen = self.silent(), self._all()
         if gone:
             who = gone
-            what = "says nothing any more"
+            what = SILENCE
         else:
             least = min(s.moves for s in seen.values())
             who = {rank: s.doing for rank, s in seen.items() if s.moves == least}
@@ -122,8 +130,7 @@ class Watch:
             return f"no rank has gone on for {self.timeout:g} s (train.rank_timeout): {self._doing}"
         for rank in who:
             self._end(rank, seen[rank])
-        told = "; ".join(f"rank {rank} {what}, last: {doing or 'nothing yet'}" for rank, doing in sorted(who.items()))
-        return f"{told}; the others waited {self.timeout:g} s (train.rank_timeout)"
+        return f"{said(who, what)}; the others waited {self.timeout:g} s (train.rank_timeout)"
 
     def _all(self) -> dict[int, Seen]:
         found = {}

@@ -2,7 +2,7 @@
 
 Small messages (JSON) go through the store of torchrun's rendezvous: a rank tells under a key, others hear it. Waiting
 there has no time limit of its own, so a rank may tokenise for hours while the others wait; what ends a wait is the
-message, or a rank that failed. One rank speaks to the user: the first that fails, else rank 0.
+message, or a rank that failed or is frozen. One rank speaks to the user: the first that fails, else rank 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attrs import field, frozen
 
 from nanovllm_core.contracts import Layout
 from nanovllm_core.errors import Elsewhere, Interrupted, NanoError
-from nanovllm_core.training.watch import Watch
+from nanovllm_core.training.watch import Watch, said
 
 T = TypeVar("T")
 LOOK = 0.02  # seconds between two looks at the store
@@ -154,7 +154,7 @@ class World:
     # ------------------------------------------------------------ collectives
 
     @contextmanager
-    def connected(self, device: str, timeout: float) -> Iterator[Callable[[str], None]]:
+    def connected(self, device: str) -> Iterator[Callable[[str], None]]:
         """Within, torch's process group exists: gloo for CPU tensors, NCCL for those of GPUs.
 
         Gives what each rank must call before anything that others wait for. A rank that is stuck there for long
@@ -167,6 +167,8 @@ class World:
         from torch import distributed
         from torch.distributed.distributed_c10d import PrefixStore
 
+        watch = self._watch
+        assert watch is not None
         self.everyone("ready", True)  # a rank that has failed by now is heard of here
         if device == "cuda":
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
@@ -175,10 +177,8 @@ class World:
             store=PrefixStore("group", self._store),
             rank=self.rank,
             world_size=self.size,
-            timeout=timedelta(seconds=timeout + PATIENCE),
+            timeout=timedelta(seconds=watch.timeout + PATIENCE),
         )
-        watch = self._watch
-        assert watch is not None
         try:
             yield watch.at
         except RuntimeError as e:
@@ -187,10 +187,7 @@ class World:
                 gone = watch.silent()
             if not gone:
                 raise
-            told = "; ".join(
-                f"rank {rank} is gone, last: {doing or 'nothing yet'}" for rank, doing in sorted(gone.items())
-            )
-            raise Elsewhere(told) from e
+            raise Elsewhere(said(gone, "is gone")) from e
         finally:
             watch.at("")
         distributed.destroy_process_group()
@@ -225,7 +222,7 @@ class World:
 
 @contextmanager
 def unsignalled() -> Iterator[None]:
-    """Within, SIGTERM waits: torchrun sends it as soon as one process has died, and there is something to say first."""
+    """Within, SIGTERM is ignored: torchrun sends it as soon as one has died, and there is something to say first."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -16,20 +16,18 @@ from torch import Tensor, distributed
 
 from nanovllm_core.contracts import Layout, Module
 from nanovllm_parallel.local import Local
+from nanovllm_parallel.spread import Group
 
 PIECE = 1 << 24  # values that are gathered at once
 
 Gradients = list[Tensor | None]
 
 
-class Ordered(Local):
+class Ordered(Group):
     """`Parallelized` over replicas, or for one rank."""
 
     def __init__(self, module: Module, layout: Layout, mesh: Any) -> None:
-        super().__init__(module)
-        self.group = None if mesh is None else mesh.get_group("data")
-        if mesh is not None:
-            self.data_rank, self.data_size = mesh.get_local_rank("data"), layout.data
+        super().__init__(module, layout, mesh)
         self.branches: list[tuple[int, Gradients]] = []  # leaves, and their sum; each has more leaves than the next
 
     @contextmanager
@@ -49,20 +47,17 @@ class Ordered(Local):
             for p, gradient in zip(parameters, mine, strict=True):
                 p.grad = None if gradient is None else self._over_ranks(gradient)
 
-    def total(self, value: Tensor) -> Tensor:
-        if self.group is not None:
-            value = value.clone()
-            distributed.all_reduce(value, group=self.group)
-        return value
+    clip = Local.clip  # every rank has all of the gradient
 
     def _over_ranks(self, branch: Tensor) -> Tensor:
-        if self.group is None:
+        if not self.groups:
             return branch
+        [group] = self.groups
         flat = branch.view(-1)
         for start in range(0, len(flat), PIECE):
             piece = flat[start : start + PIECE]
             gathered = piece.new_empty(self.data_size * len(piece))
-            distributed.all_gather_into_tensor(gathered, piece, group=self.group)
+            distributed.all_gather_into_tensor(gathered, piece, group=group)
             all_WN = gathered.view(self.data_size, -1)
             while len(all_WN) > 1:
                 all_WN = all_WN[0::2] + all_WN[1::2]

@@ -11,7 +11,9 @@ weight that they are handed is laid out. Tokens are padded to a multiple of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 
 from nanovllm_core.contracts import Module, Ops
 from nanovllm_core.errors import RefusedError
+from nanovllm_core.training.sharding import chunk
 from nanovllm_parallel.vocab_loss import vocab_cross_entropy
 
 SPLIT = {"column": 0, "vocab": 0, "row": 1}  # role -> the dimension of a weight that is split
@@ -53,16 +56,13 @@ def _role(module: Module, name: str) -> str:
 
 
 def _split(p: nn.Parameter, role: str, mesh: Any) -> nn.Parameter:
+    placement: Any
     dim = SPLIT.get(role)
     if dim is None or dim >= p.ndim:  # a row-split matrix's bias is added once, after the sum
-        placement: Any = Replicate()
-        shape = list(p.shape)
+        placement, mine = Replicate(), p.detach()
     else:
-        placement, shape = Shard(dim), list(p.shape)
-        size = -(-shape[dim] // mesh.size())
-        start = min(size * mesh.get_local_rank(), shape[dim])
-        shape[dim] = min(size, shape[dim] - start)
-    mine = torch.empty(shape, dtype=p.dtype, device=p.device)
+        placement, mine = Shard(dim), chunk(p.detach(), dim, mesh.size(), mesh.get_local_rank())
+    mine = torch.empty_like(mine, memory_format=torch.contiguous_format)
     spread = DTensor.from_local(mine, mesh, [placement], run_check=False, shape=p.shape, stride=p.stride())
     return nn.Parameter(spread, requires_grad=p.requires_grad)
 
@@ -73,6 +73,11 @@ class Sliced:
     def __init__(self, ops: Ops, group: Any, rank: int, size: int) -> None:
         self.plain, self.group, self.rank, self.size = ops, group, rank, size
         self.tokens = 0  # of the micro-batch that is under way
+        self._gather, self._scatter = (
+            partial(_gather, group=group, size=size),
+            partial(_scatter, group=group, size=size),
+        )
+        self._reduce = partial(_all_reduced, group=group)
         self.seen: tuple[Tensor, Tensor] | None = None  # the input gathered last, and what was gathered
         self.ops = evolve(
             ops,
@@ -100,8 +105,8 @@ class Sliced:
             b = None if bias is None else bias.to_local()  # type: ignore[operator]
             return self.plain.linear(self._gathered(x), self._slice(weight)[0], b)
         if _split_along(weight, 1):
-            partial = self.plain.linear(x, weight.to_local(), None)  # type: ignore[operator]
-            summed = self._summed(partial)
+            product = self.plain.linear(x, weight.to_local(), None)  # type: ignore[operator]
+            summed = self._summed(product)
             return summed if bias is None else summed + self._shared(bias).to(summed.dtype)
         return self.plain.linear(x, self._shared(weight), None if bias is None else self._shared(bias))
 
@@ -119,7 +124,7 @@ class Sliced:
             return vocab_cross_entropy(x_TC, table, targets_T, first, self.group)
         # Every rank makes the whole loss: a share each, so that their gradients add up to one.
         loss = self.plain.linear_cross_entropy(x_TC, self._shared(weight), targets_T)
-        return _Share.apply(loss, self.size)
+        return _There.apply(loss, _same, lambda grad: grad / self.size)
 
     # ------------------------------------------------------------ parts
 
@@ -130,7 +135,7 @@ class Sliced:
 
     def _shared(self, weight: Any) -> Tensor:
         """A parameter that every rank holds and uses for a part: its gradient is summed."""
-        return _Copy.apply(weight.to_local() if isinstance(weight, DTensor) else weight, self.group)
+        return _There.apply(weight.to_local() if isinstance(weight, DTensor) else weight, _same, self._reduce)
 
     def _mine(self, x_T: Tensor) -> Tensor:
         """This rank's part of something that every rank has, padded at the end."""
@@ -139,12 +144,12 @@ class Sliced:
     def _gathered(self, x: Tensor) -> Tensor:
         """All tokens of what each rank holds a part of. Several matrices of one input gather it once."""
         if self.seen is None or self.seen[0] is not x:
-            self.seen = (x, _Gather.apply(x, self.group, self.size)[: self.tokens])
+            self.seen = (x, _There.apply(x, self._gather, self._scatter)[: self.tokens])
         return self.seen[1]
 
     def _summed(self, partial_TC: Tensor) -> Tensor:
         """The sum over ranks, of which each keeps its part of the tokens."""
-        return _Scatter.apply(_padded(partial_TC, self.size), self.group, self.size)
+        return _There.apply(_padded(partial_TC, self.size), self._scatter, self._gather)
 
 
 def _split_along(weight: Tensor, dim: int) -> bool:
@@ -168,47 +173,24 @@ def _scatter(x: Tensor, group: Any, size: int) -> Tensor:
     return mine
 
 
-class _Gather(torch.autograd.Function):
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+def _all_reduced(x: Tensor, group: Any) -> Tensor:
+    x = x.contiguous().clone()
+    distributed.all_reduce(x, group=group)
+    return x
+
+
+class _There(torch.autograd.Function):
+    """One way forward, another back."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, size: int) -> Tensor:
-        ctx.group, ctx.size = group, size
-        return _gather(x, group, size)
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _scatter(grad, ctx.group, ctx.size), None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, size: int) -> Tensor:
-        ctx.group, ctx.size = group, size
-        return _scatter(x, group, size)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad, ctx.group, ctx.size), None, None
-
-
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        distributed.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _Share(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
-        ctx.size = size
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / ctx.size, None
+        return ctx.back(grad), None, None

@@ -19,10 +19,13 @@ from nanovllm_parallel.local import Local
 
 
 class Group(Local):
-    """What ranks of a mesh share. Ranks of one tensor group see the same documents and count once."""
+    """What ranks of a mesh share. Ranks of one tensor group see the same documents and count once. No mesh: one rank."""
 
     def __init__(self, module: Module, layout: Layout, mesh: Any) -> None:
         super().__init__(module)
+        self.groups: list[Any] = []
+        if mesh is None:
+            return
         data, shard = (mesh.get_local_rank(axis) for axis in ("data", "shard"))
         self.data_rank, self.data_size = data * layout.shard + shard, layout.data * layout.shard
         self.groups = [mesh.get_group(axis) for axis in ("data", "shard") if mesh[axis].size() > 1]

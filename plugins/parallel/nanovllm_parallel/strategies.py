@@ -30,8 +30,20 @@ def _uneven(request: ParallelRequest, tensor: int) -> str:
     return ""
 
 
+class _Spread:
+    """What all do with a module; a strategy that shards has the option."""
+
+    reshard_after_forward: bool | None = None
+
+    @hookimpl
+    def parallelize(self, module: Module, layout: Layout, mesh: object) -> Parallelized:
+        from nanovllm_parallel.spread import spread
+
+        return spread(module, layout, mesh, reshard=self.reshard_after_forward)
+
+
 @frozen(kw_only=True, eq=False)
-class Ddp:
+class Ddp(_Spread):
     """The whole model on every device, each with documents of its own."""
 
     @hookimpl
@@ -43,15 +55,9 @@ class Ddp:
             return Accept(20, f"the whole model fits: {_gigabytes(request)}", layout)
         return Accept(5, f"the whole model may not fit: {_gigabytes(request)}", layout)
 
-    @hookimpl
-    def parallelize(self, module: Module, layout: Layout, mesh: object) -> Parallelized:
-        from nanovllm_parallel.spread import spread
-
-        return spread(module, layout, mesh)
-
 
 @frozen(kw_only=True, eq=False)
-class Fsdp:
+class Fsdp(_Spread):
     """Parameters, gradients and optimizer sharded over the devices (FSDP2).
 
     shard: devices that hold a model together (default: all of them); what that leaves are replicas
@@ -72,15 +78,9 @@ class Fsdp:
             return Refuse(f"{world} processes are no multiple of shard {shard}")
         return Accept(10, f"a shard of the model on each of {shard} devices", Layout(data=world // shard, shard=shard))
 
-    @hookimpl
-    def parallelize(self, module: Module, layout: Layout, mesh: object) -> Parallelized:
-        from nanovllm_parallel.spread import spread
-
-        return spread(module, layout, mesh, reshard=self.reshard_after_forward)
-
 
 @frozen(kw_only=True, eq=False)
-class Tensor:
+class Tensor(_Spread):
     """Every matrix split over devices, which work on the same documents.
 
     size: devices that hold a model together (default: all of them); what that leaves are replicas, or shards
@@ -92,15 +92,9 @@ class Tensor:
     def probe(self, request: ParallelRequest) -> Verdict:
         return _laid_out(request, None, 1 if _fits(request) else None, self.size or request.world_size)
 
-    @hookimpl
-    def parallelize(self, module: Module, layout: Layout, mesh: object) -> Parallelized:
-        from nanovllm_parallel.spread import spread
-
-        return spread(module, layout, mesh)
-
 
 @frozen(kw_only=True, eq=False)
-class Mesh:
+class Mesh(_Spread):
     """Any product of replicas, shards and tensor slices that equals the number of processes.
 
     data: copies of the model
@@ -120,12 +114,6 @@ class Mesh:
     def probe(self, request: ParallelRequest) -> Verdict:
         shard = 1 if self.shard is None and self.data is None and _fits(request) else self.shard
         return _laid_out(request, self.data, shard, self.tensor)
-
-    @hookimpl
-    def parallelize(self, module: Module, layout: Layout, mesh: object) -> Parallelized:
-        from nanovllm_parallel.spread import spread
-
-        return spread(module, layout, mesh, reshard=self.reshard_after_forward)
 
 
 def _laid_out(request: ParallelRequest, data: int | None, shard: int | None, tensor: int) -> Verdict:
