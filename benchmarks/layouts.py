@@ -229,7 +229,7 @@ def identical(folder: Path, steps: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--pairs", default="all")
+    parser.add_argument("--pairs", default="all", help="all, a number of random ones, or FROM-TO,FROM-TO,...")
     parser.add_argument("--layouts", action="store_true", help="leave the layouts themselves out")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
@@ -240,8 +240,10 @@ def main() -> int:
         run(folder, "one", "one", args.steps)
         rows = {} if args.layouts else alike(folder, args.steps)
         pairs = list(itertools.permutations(PAIRED, 2))
-        if args.pairs != "all":
+        if args.pairs.isdigit():
             pairs = random.Random(args.seed).sample(pairs, int(args.pairs))
+        elif args.pairs != "all":
+            pairs = [tuple(pair.split("-")) for pair in args.pairs.split(",")]
         moved = resharded(folder, pairs, args.steps)
         exact = identical(folder, args.steps)
     finally:

@@ -24,6 +24,7 @@ import torch
 
 from nanovllm_core.assemble import fill
 from nanovllm_core.contracts import Batch, KernelRequest, MicroBatch, Ops, ParallelRequest, Shape, Step
+from nanovllm_core.estimate import training_memory
 from nanovllm_core.hooks import bound
 from nanovllm_core.hookspecs import Kernels, Parallel
 from nanovllm_core.recipe import Component, Recipe
@@ -132,13 +133,18 @@ def measure(name: str, layout: str, world: World, warm: int, steps: int, determi
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     tokens = trainer.steps.step(0).tokens
+    estimated = training_memory(
+        shape, tokens=rows * LENGTH, dtype="bfloat16", device="cuda", gradient_checkpointing=name == "4b", mixed=False,
+        layout=spread,
+    )  # fmt: skip
     peaks = world.everyone(f"{name}/{layout}", torch.cuda.max_memory_allocated() / 2**30)
     return {
         "model": name, "parameters": shape.parameters, "layout": layout, "ranks": world.size,
         "data": spread.data, "shard": spread.shard, "tensor": spread.tensor, "sequences_a_rank": rows,
         "gradient_checkpointing": name == "4b", "deterministic": deterministic,
         "tokens_per_second": round(tokens * steps / seconds),
-        "seconds_a_step": round(seconds / steps, 4), "peak_gib": round(max(peaks), 2), "loss": round(figures["loss"], 4),
+        "seconds_a_step": round(seconds / steps, 4), "peak_gib": round(max(peaks), 2),
+        "estimated_gib": round(estimated.total / 2**30, 2), "loss": round(figures["loss"], 4),
     }  # fmt: skip
 
 

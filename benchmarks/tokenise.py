@@ -85,7 +85,7 @@ def prepared(folder: Path, tokenizer: Path | None, work: Path) -> dict[str, floa
 
 def apart(*arguments: object) -> dict[str, float]:
     command = [sys.executable, __file__, *map(str, arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def enlarged(folder: Path, to: Path, megabytes: int) -> None:

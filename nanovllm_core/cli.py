@@ -159,14 +159,14 @@ def _parser() -> argparse.ArgumentParser:
             metavar="FILE",
             help="refuse to go on if anything that changes the result differs from this plan.lock.json of an earlier run",
         )
+        sub.add_argument(
+            "--nproc", metavar="N", help="train in N processes of this machine, or `gpu`: one on each of its GPUs"
+        )
         sub.set_defaults(command=command)
 
     run.add_argument(
-        "--nproc", metavar="N", help="train in N processes of this machine, or `gpu`: one on each of its GPUs"
-    )
-    run.add_argument(
         "--max-restarts", type=int, default=0, metavar="N", help="with --nproc: start again from the newest checkpoint when a "
-        "process fails, at most so often (default: 0)",
+        "process dies or hangs, at most so often (default: 0)",
     )  # fmt: skip
 
     analyze = commands.add_parser("analyze", help="show what a folder of documents holds, and what is wrong with it")

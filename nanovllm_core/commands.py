@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         from nanovllm_core.launch import launch
 
         return launch(["run", *args.again], args.nproc, args.max_restarts)
-    from nanovllm_core.training.world import World
+    from nanovllm_core.training.world import AGAIN, World
 
     world = World.join()
     try:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         if world.may_speak():
             text = str(e) if isinstance(e, Elsewhere) else f"rank {world.rank}: {e}"
             print(f"nanovllm: {text}", file=sys.stderr)
-        return 2
+        return AGAIN if isinstance(e, Elsewhere) and e.lost else 2
 
 
 def _run(args: argparse.Namespace, world: World) -> int:
@@ -98,8 +98,18 @@ def _smallest(machine: Machine, world: World) -> Machine:
     return evolve(machine, memory=min(world.everyone("memory", machine.memory)))
 
 
+def _planned(args: argparse.Namespace) -> Plan:
+    """The plan of the first of `--nproc` processes, where that is given."""
+    if args.nproc is None:
+        return _make_plan(args)
+    from nanovllm_core.launch import process_count
+    from nanovllm_core.machine import Machine
+
+    return _make_plan(args, lambda: Machine.detect(process_count(args.nproc)))
+
+
 def explain(args: argparse.Namespace) -> int:
-    plan = _make_plan(args)
+    plan = _planned(args)
     from nanovllm_core.explain import explain
 
     print(explain(plan), end="")
@@ -107,7 +117,7 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def estimate(args: argparse.Namespace) -> int:
-    plan = _make_plan(args)
+    plan = _planned(args)
     from nanovllm_core.memory_table import estimate, estimate_data
 
     print(json.dumps(estimate_data(plan)) if args.json else estimate(plan).rstrip("\n"))

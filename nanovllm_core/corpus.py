@@ -85,10 +85,17 @@ def _key(plan: Plan, fingerprint: str) -> str:
 
 
 def prepare(
-    plan: Plan, fingerprint: str, named: Mapping[str, str], found: Found, folder: Path, events: Callbacks
+    plan: Plan,
+    fingerprint: str,
+    named: Mapping[str, str],
+    found: Found,
+    folder: Path,
+    events: Callbacks,
+    *,
+    publish: bool = True,
 ) -> Corpus:
     """Everything between the documents that were found and batches; tokens and a vocabulary are kept in `folder` and found
-    again. What was skipped is listed in `skipped.jsonl` in the output folder.
+    again. What was skipped is listed in `skipped.jsonl` in the output folder, if this process is to `publish` it.
 
     Raises DataError when there is nothing to train on.
     """
@@ -100,7 +107,8 @@ def prepare(
         tokenizer = _tokenizer(plan, [*key, out.tobytes().hex()], folder, out, count, tell)
     with phase(events, "tokenising") as tell:
         store = open_or_build(folder, _key(plan, fingerprint), documents, tokenizer, tell)
-    _publish_ledger(store, plan.output_dir / LEDGER)
+    if publish:
+        _publish_ledger(store, plan.output_dir / LEDGER)
     chunks = _chunks(plan, store, tokenizer, kept(count, out))
     packing = pack(chunks.lengths, data.max_seq_length, seed)
     if not len(packing):

@@ -80,7 +80,11 @@ class Interrupted(NanoError):
 
 
 class Elsewhere(NanoError):
-    """Another rank of the run failed."""
+    """Another rank of the run failed. `lost`: it died or hangs, so that the same command may well go on."""
+
+    def __init__(self, text: str, *, lost: bool = False) -> None:
+        super().__init__(text)
+        self.lost = lost
 
 
 class OutputError(NanoError):

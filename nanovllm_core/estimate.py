@@ -70,7 +70,8 @@ def training_memory(
     held = weights + optimizer + WORKSPACE.get(device, 0)
     casts = 0 if s == 4 else s * block_parameters  # kept for the gradient of the input
     if layout.shard > 1:
-        held += s * (2 * block_parameters + vocabulary) + 4 * block_parameters
+        gathered = 2 * block_parameters + vocabulary if layout.reshard else shape.parameters // t
+        held += s * gathered + 4 * block_parameters
         casts = 0
 
     between = tokens * shape.hidden * s  # what one block hands to the next

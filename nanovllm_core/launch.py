@@ -10,19 +10,34 @@ from collections.abc import Sequence
 
 from nanovllm_core.errors import RefusedError
 
+USER = 2  # exit code of a rank whose user must change something: starting again would not help
+
 
 def launch(arguments: Sequence[str], processes: str, restarts: int) -> int:
     """Run `nanovllm ARGUMENTS` as so many ranks; the exit code.
 
     processes: a count, or "gpu" for one a GPU
-    restarts: how often all ranks are started again when one fails; the run goes on from its newest checkpoint
+    restarts: how often all ranks are started again when one dies or hangs; the run goes on from its newest checkpoint
     """
+    count = process_count(processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds: ranks may be saving; else they leave in 9
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # every rank's error is told once, by us
+    for again in range(restarts + 1):
+        code, helps = _attempt(arguments, count)
+        if not helps:
+            break
+        if again < restarts:
+            print(f"nanovllm: starting the {count} processes again, {again + 1} of {restarts}", file=sys.stderr)
+    return code
+
+
+def _attempt(arguments: Sequence[str], count: int) -> tuple[int, bool]:
+    """Start the ranks and wait for them: the exit code, and whether starting them again may help."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    count = _count(processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -31,25 +46,25 @@ def launch(arguments: Sequence[str], processes: str, restarts: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=restarts,
+        max_restarts=0,  # it would start again what its user must mend
         monitor_interval=0.5,
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # every rank's error is told once, by us
     try:
         elastic_launch(config, sys.executable)("-m", "nanovllm_core.cli", *arguments)
     except ChildFailedError as e:
-        rank, failure = e.get_first_failure()
-        if failure.exitcode < 0:
-            print(
-                f"nanovllm: rank {rank} was ended by {failure.signal_name()}; the same command goes on", file=sys.stderr
-            )
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        rank, first = e.get_first_failure()
+        if first.exitcode < 0:
+            said = f"nanovllm: rank {rank} was ended by {first.signal_name()}; the same command goes on"
+            print(said, file=sys.stderr)
+        code = first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+        return code, all(failure.exitcode != USER for failure in e.failures.values())
     except SignalException as e:
-        return 128 + int(e.sigval)
-    return 0
+        return 128 + int(e.sigval), False
+    return 0, False
 
 
-def _count(processes: str) -> int:
+def process_count(processes: str) -> int:
+    """What --nproc asks for. Raises RefusedError."""
     import torch
 
     if processes == "gpu":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,12 @@ COUNTED = (
     "components", "contents", "versions", "device.kind", "device.world_size", "compute_dtype", "vocabulary", "parameters",
     "chunk_overlap", "sequences_per_step", "data.sha256", "data.assignment", "recipe.data", "recipe.train",
 )  # fmt: skip
-UNCOUNTED = (  # within those: what another key tells better, and what changes no weight
+ELSEWHERE = (  # within those: what another key tells better, and what the first of several ranks does alone
     "components.callbacks", "recipe.data.path", "recipe.data.readers", "recipe.data.extractors", "recipe.data.chunk_overlap",
-    "recipe.train.logging_steps", "recipe.train.eval_steps", "recipe.train.save_steps", "recipe.train.save_total_limit",
-    "recipe.train.gradient_checkpointing", "recipe.train.rank_timeout",
+)  # fmt: skip
+UNCOUNTED = (  # and what changes no weight, though ranks must have it alike
+    *ELSEWHERE, "recipe.train.logging_steps", "recipe.train.eval_steps", "recipe.train.save_steps",
+    "recipe.train.save_total_limit", "recipe.train.gradient_checkpointing", "recipe.train.rank_timeout",
 )  # fmt: skip
 
 
@@ -138,9 +140,9 @@ def lock_of(plan: Plan, identity: str, data_fingerprint: str, named: Mapping[str
 # ---------------------------------------------------------------- two locks
 
 
-def drift(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def drift(there: Mapping[str, Any], here: Mapping[str, Any], uncounted: Sequence[str] = UNCOUNTED) -> list[str]:
     """What differs between two locks and can change the result: one `key: A there, B here` each, in the order of keys."""
-    old, new = (dict(_counted(json.loads(json.dumps(lock)))) for lock in (there, here))
+    old, new = (dict(_counted(json.loads(json.dumps(lock)), uncounted)) for lock in (there, here))
     keys = [*old, *(key for key in new if key not in old)]
     lines = [
         f"{key}: {_said(old, key)} there, {_said(new, key)} here" for key in keys if _said(old, key) != _said(new, key)
@@ -150,13 +152,13 @@ def drift(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _counted(lock: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _counted(lock: Mapping[str, Any], uncounted: Sequence[str]) -> Iterator[tuple[str, Any]]:
     places = [
         f"components.{slot}.options.{name}" for slot, _, name in (key.rpartition(".") for key in lock["contents"])
     ]
     for key, value in _leaves(lock, ""):
         inside = any(key == top or key.startswith(f"{top}.") for top in COUNTED)
-        if inside and not any(key == out or key.startswith((f"{out}.", f"{out}[")) for out in (*UNCOUNTED, *places)):
+        if inside and not any(key == out or key.startswith((f"{out}.", f"{out}[")) for out in (*uncounted, *places)):
             yield key, value
 
 

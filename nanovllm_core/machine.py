@@ -21,8 +21,9 @@ class Machine:
     local_rank: int = 0
 
     @classmethod
-    def detect(cls) -> Machine:
-        """What is here: the first visible GPU (or this rank's), else the CPU. Ranks as torchrun tells them."""
+    def detect(cls, processes: int | None = None) -> Machine:
+        """What is here: the first visible GPU (or this rank's), else the CPU. Ranks as torchrun tells them, or as the first
+        of so many `processes` would see it."""
         import torch
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -30,9 +31,11 @@ class Machine:
             int(os.environ.get(name, default))
             for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
         )
+        if processes is not None:
+            world_size, rank, local_rank = processes, 0, 0
         here = cls(cores=cores, world_size=world_size, rank=rank, local_rank=local_rank)
         if not torch.cuda.is_available():
-            shared = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # among the processes of this host
+            shared = processes or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # among processes of this host
             return evolve(here, device_name=f"{cores} cores", memory=host_memory() // shared, bf16=_cpu_has_bf16())
         index = local_rank % torch.cuda.device_count()
         free, _total = torch.cuda.mem_get_info(index)

@@ -11,9 +11,7 @@ from pathlib import Path
 from attrs import frozen
 
 from nanovllm_core.budget import memory_of
-from nanovllm_core.contracts import (
-    Decision,
-)
+from nanovllm_core.contracts import Decision, Layout
 from nanovllm_core.errors import RecipeError
 from nanovllm_core.estimate import Memory
 from nanovllm_core.files import located
@@ -98,6 +96,8 @@ def make_plan(recipe: Recipe, registry: Registry, machine: Machine | Callable[[]
     machine = machine or Machine.detect
     machine = machine if isinstance(machine, Machine) else machine()
     model = placed(slots, parts, outline, machine, training=True)
+    step = _step(recipe, model)
+    refuse_unordered(recipe, model.layout, step.value)
     return Plan(
         recipe=recipe,
         machine=machine,
@@ -107,7 +107,7 @@ def make_plan(recipe: Recipe, registry: Registry, machine: Machine | Callable[[]
         memory=memory_of(recipe, machine, model.shape, model.dtype, model.frozen, model.layout),
         output_dir=output_dir,
         chunk_overlap=_overlap(recipe),
-        sequences_per_step=_step(recipe, model),
+        sequences_per_step=step,
     )
 
 
@@ -134,20 +134,19 @@ def _refuse_own_output(choice: Choice, output_dir: Path, recipe: Recipe) -> None
             )
 
 
-def _step(recipe: Recipe, model: ModelPlan) -> Decision:
-    """Raises RecipeError where `deterministic` cannot be kept."""
-    step, train = _whole_step(recipe, model), recipe.train
-    parts, over = divmod(step.value, train.per_device_train_batch_size)
-    if train.deterministic and (over or parts & (parts - 1) or parts < model.layout.data):
+def refuse_unordered(recipe: Recipe, layout: Layout, step: int) -> None:
+    """Raises RecipeError where `train.deterministic` cannot be kept with a step of so many sequences."""
+    train = recipe.train
+    parts, over = divmod(step, train.per_device_train_batch_size)
+    if train.deterministic and (over or parts & (parts - 1) or parts < layout.data):
         raise RecipeError(
-            f"{recipe.text.place(('train', 'deterministic'))}: train.deterministic: a step of {step.value} sequences in "
-            f"micro-batches of {train.per_device_train_batch_size} on {model.layout.data} ranks; it needs 1, 2, 4, 8, ... "
+            f"{recipe.text.place(('train', 'deterministic'))}: train.deterministic: a step of {step} sequences in "
+            f"micro-batches of {train.per_device_train_batch_size} on {layout.data} ranks; it needs 1, 2, 4, 8, ... "
             "micro-batches to a step, at least one a rank: set train.global_batch_size to such a multiple"
         )
-    return step
 
 
-def _whole_step(recipe: Recipe, model: ModelPlan) -> Decision:
+def _step(recipe: Recipe, model: ModelPlan) -> Decision:
     train, replicas = recipe.train, model.layout.data * model.layout.shard
     if train.global_batch_size is not None:
         return Decision(train.global_batch_size, "the recipe says so")

@@ -17,9 +17,9 @@ from nanovllm_core.files import LOCK, writing
 from nanovllm_core.hooks import bind
 from nanovllm_core.hookspecs import Callbacks, hookimpl
 from nanovllm_core.job import Job, asked_length, say_finished
-from nanovllm_core.lock import contents, drift, identity, lock_of, read_lock
+from nanovllm_core.lock import ELSEWHERE, contents, drift, identity, lock_of, read_lock
 from nanovllm_core.output import TOKENS, Claim, claimed, finished, locked_by, settle, tidy, write_lock
-from nanovllm_core.plan import Plan
+from nanovllm_core.plan import Plan, refuse_unordered
 from nanovllm_core.training.checkpoint import State, read_state
 from nanovllm_core.training.saver import pointed
 from nanovllm_core.training.stop import StopRequest
@@ -93,7 +93,8 @@ class _Run:
                 if not world.first:
                     world.hear("tokens")
                     documents = count(plan, fingerprint, self.folder / TOKENS, self.events)
-                corpus = prepare(plan, fingerprint, named, documents, self.folder / TOKENS, self.events)
+                tokens = self.folder / TOKENS
+                corpus = prepare(plan, fingerprint, named, documents, tokens, self.events, publish=world.first)
                 if world.first:
                     world.tell("tokens", True)
                 state = self.state_of(found)
@@ -131,12 +132,13 @@ class _Run:
         self.events.note(
             text=f"{had} sequences a step, as before; {step} would follow from the ranks that are here now"
         )
+        refuse_unordered(plan.recipe, plan.model.layout, had)
         return had
 
     def agree(self, lock: dict[str, Any]) -> None:
         """Every rank would run what the first would. Raises LockError with what differs."""
         first = self.world.from_first("lock", lambda: lock)
-        if lines := drift(first, lock):
+        if lines := drift(first, lock, uncounted=ELSEWHERE):
             told = "".join(f"\n  {line}" for line in lines)
             raise LockError(
                 f"what rank {self.world.rank} would run is not what rank 0 would (there); make them the same:{told}"

@@ -21,6 +21,9 @@ class Layout:
     shard: int = 1
     tensor: int = 1
     ordered: bool = False  # gradients are summed in one order, whatever the number of ranks
+    reshard: bool = (
+        True  # with shards: a block's parameters are put away after its forward and gathered again for its backward
+    )
 
 
 @frozen(kw_only=True)

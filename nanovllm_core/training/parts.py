@@ -45,9 +45,15 @@ def snapshot(
 ) -> Snapshot:
     """What this rank's part of a checkpoint holds. Without `copy`, what is in host memory already is not copied.
 
-    Parameters of several ranks are made whole one after the other, so all ranks must call this.
+    Parameters of several ranks are made whole one after the other, so all ranks must call this. Raises CheckpointError when
+    the optimizer does not know a parameter.
     """
     parameters = dict(named)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if lost := [name for name, p in parameters.items() if id(p) not in known]:
+        raise CheckpointError(
+            f"{lost[0]} is no longer the parameter that the optimizer trains: the parallel strategy has exchanged it"
+        )
     owners = owned({name: p.numel() for name, p in parameters.items()}, world.size)
 
     def held(name: str, tensor: Tensor) -> Iterator[Tensor]:

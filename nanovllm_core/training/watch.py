@@ -46,7 +46,8 @@ class Watch:
 
     node: the ranks of this node
     hung: called from the watching thread with what is wrong when this rank has not moved for `timeout` seconds; what holds
-      up the others has been ended by then, if it is on this node
+      up the others has been ended by then, if it is on this node; also when the store is gone, and with it the run
+    lonely: what is wrong then
     timeout: seconds; of a rank that says nothing, also before the run knows its own
     """
 
@@ -55,6 +56,7 @@ class Watch:
     size: int
     node: range
     hung: Callable[[str], None]
+    lonely: str
     timeout: float = 60.0
     _moves: int = 0
     _doing: str = ""
@@ -111,8 +113,9 @@ class Watch:
                 if self._doing and time.monotonic() - self._since > self.timeout:
                     self.hung(self._told())
                     return
-        except RuntimeError:  # the store is gone with the process that kept it: the main thread meets that too
-            return
+        except RuntimeError:  # the store is gone with the process that kept it
+            if not self._over.wait(2 * SILENT):  # the main thread may be telling already
+                self.hung(self.lonely)
 
     def _say(self, beat: int) -> None:
         self.store.set(f"beat/{self.rank}", json.dumps([beat, self._moves, self._doing, os.getpid()]))

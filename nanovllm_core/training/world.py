@@ -20,14 +20,16 @@ from typing import Any, TypeVar
 from attrs import field, frozen
 
 from nanovllm_core.contracts import Layout
-from nanovllm_core.errors import Elsewhere, Interrupted, NanoError
+from nanovllm_core.errors import Elsewhere, Interrupted, NanoError, TrainingError, reason
+from nanovllm_core.training.meeting import LOOK, meet
 from nanovllm_core.training.watch import Watch, said
 
 T = TypeVar("T")
-LOOK = 0.02  # seconds between two looks at the store
 FAILED = "failed"
 PATIENCE = 30.0  # seconds that torch waits longer than we do: it would end the process without a word
-GONE = "the store that the ranks share is gone: the process that keeps it has ended"
+MEETING = 600.0  # seconds in which all ranks must have come
+GONE = "the store that the ranks share is gone: the process that keeps it (the launcher, or rank 0) has ended"
+AGAIN = 75  # exit code of a rank that ends because another died or hangs: nothing is wrong with the recipe
 
 
 @frozen(eq=False)
@@ -43,20 +45,30 @@ class World:
 
     @classmethod
     def join(cls) -> World:
-        """The world that torchrun describes to this process; of one process without it."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
+        """The world that torchrun describes to this process; of one process without it.
+
+        Raises TrainingError where the description is wrong or the others do not come.
+        """
+        told = os.environ.get("WORLD_SIZE", "1")
+        if told == "1":
             return cls()
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=10)))
-        local, count = (
-            int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # messages of earlier runs are still there
-        store = PrefixStore(f"nanovllm/{attempt}/{store.add(f'joined/{attempt}/{rank}', 1)}", store)
-        watch = Watch(store, rank, size, range(rank - local, rank - local + count), hung=lambda told: None)
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=MEETING)))
+            local, count = (
+                int(os.environ.get(name, default))
+                for name, default in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
+            )
+            store = PrefixStore("nanovllm", store)
+            store = PrefixStore(meet(store, rank, size, MEETING), store)
+        except (ValueError, RuntimeError) as e:
+            raise TrainingError(
+                f"WORLD_SIZE is {told}, and the other ranks cannot be reached ({reason(e)}); start through torchrun or with "
+                "--nproc, or unset WORLD_SIZE"
+            ) from e
+        watch = Watch(store, rank, size, range(rank - local, rank - local + count), hung=lambda told: None, lonely=GONE)
         world = cls(rank, size, local, count, store, watch)
         watch.hung = world._hung
         watch.start()
@@ -79,22 +91,26 @@ class World:
         try:
             looked = time.monotonic()
             while not self._store.check([key]):
-                if self._store.check([FAILED]):
-                    raise Elsewhere(self._store.get(FAILED).decode())
+                self._hear_failure()
                 time.sleep(LOOK)
                 if time.monotonic() - looked > 1:
                     looked = time.monotonic()
                     self._look()
             return json.loads(self._store.get(key))
         except RuntimeError as e:  # of torch.distributed
-            raise Elsewhere(f"{GONE} ({str(e).splitlines()[0]})") from e
+            raise Elsewhere(GONE, lost=True) from e
+
+    def _hear_failure(self) -> None:
+        """Raise Elsewhere where a rank has failed."""
+        if self._store.check([FAILED]):
+            raise Elsewhere(**json.loads(self._store.get(FAILED)))
 
     def _look(self) -> None:
         """Raise Elsewhere where a rank that is waited for is frozen. Each waits for the first, the first for all."""
         assert self._watch is not None
         others = range(1, self.size) if self.first else (0,)
         if told := self._watch.frozen(others):
-            error = Elsewhere(told)
+            error = Elsewhere(told, lost=True)
             self.fail(error)
             raise error
 
@@ -127,13 +143,17 @@ class World:
         return [self.hear(f"{key}/{rank}") for rank in range(self.size)]
 
     def fail(self, error: BaseException) -> None:
-        """Let the others know that this rank cannot go on."""
-        if self.size > 1:
-            text = str(error) if isinstance(error, NanoError) else f"{type(error).__name__}: {error}"
-            with suppress(RuntimeError):
-                self._store.compare_set(
-                    FAILED, "", text if isinstance(error, Elsewhere) else f"rank {self.rank}: {text}"
-                )
+        """Let the others know that this rank cannot go on. What is no NanoError tells the user by itself: a traceback."""
+        if self.size == 1:
+            return
+        if isinstance(error, Elsewhere):
+            told = {"text": str(error), "lost": error.lost}
+        else:
+            told = {"text": f"rank {self.rank}: {error if isinstance(error, NanoError) else reason(error)}"}
+        with suppress(RuntimeError):
+            self._store.compare_set(FAILED, "", json.dumps(told))
+        if not isinstance(error, NanoError):
+            self.may_speak()
 
     def may_speak(self) -> bool:
         """Whether the user should hear of an error from this rank: only from the first that asks."""
@@ -144,12 +164,12 @@ class World:
 
     def leave(self) -> None:
         """The run is over here. The first rank waits for the others: without torchrun it keeps the store."""
+        if self._watch is not None:
+            self._watch.stop()
         self.tell(f"left/{self.rank}", True)
         if self.first:
             for rank in range(1, self.size):
                 self.hear(f"left/{rank}")
-        if self._watch is not None:
-            self._watch.stop()
 
     # ------------------------------------------------------------ collectives
 
@@ -183,21 +203,26 @@ class World:
             yield watch.at
         except RuntimeError as e:
             watch.at("")
-            with unsignalled():
-                gone = watch.silent()
+            try:
+                self._hear_failure()
+                with unsignalled():
+                    gone = watch.silent()
+                self._hear_failure()
+            except RuntimeError:
+                raise Elsewhere(GONE, lost=True) from e
             if not gone:
                 raise
-            raise Elsewhere(said(gone, "is gone")) from e
+            raise Elsewhere(said(gone, "is gone"), lost=True) from e
         finally:
             watch.at("")
         distributed.destroy_process_group()
 
     def _hung(self, told: str) -> None:
         """Called where the main thread cannot go on."""
-        self.fail(Elsewhere(told))
+        self.fail(Elsewhere(told, lost=True))
         if self.may_speak():
             os.write(2, f"nanovllm: {told}\n".encode())
-        os._exit(2)
+        os._exit(AGAIN)
 
     def mesh(self, layout: Layout, device: str) -> Any:
         """The ranks as a mesh of data x shard x tensor; None for one rank."""
@@ -208,16 +233,15 @@ class World:
         size = (layout.data, layout.shard, layout.tensor)
         return init_device_mesh(device, size, mesh_dim_names=("data", "shard", "tensor"))
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank's flag is set. All ranks must ask, within `connected`."""
-        if self.size == 1:
-            return flag
+    def most(self, *values: int) -> list[int]:
+        """The highest of each over all ranks. All must ask, within `connected`."""
         import torch
         from torch import distributed
 
-        value = torch.tensor(int(flag))
-        distributed.all_reduce(value, distributed.ReduceOp.MAX)
-        return bool(value)
+        table = torch.tensor(values)
+        if self.size > 1:
+            distributed.all_reduce(table, distributed.ReduceOp.MAX)
+        return table.tolist()
 
 
 @contextmanager
@@ -234,16 +258,30 @@ def unsignalled() -> Iterator[None]:
 
 
 class Together:
-    """A wish to stop that all ranks fulfil at the same place: asked before the first of some items and every 8th after."""
+    """A wish to stop that all ranks fulfil at the same place: looked for about twice a second, at the same items on all."""
 
-    EVERY = 8
+    OFTEN = 0.5  # seconds
 
     def __init__(self, world: World, asked: Callable[[], bool]) -> None:
         self.world, self.asked = world, asked
+        self._every = self._left = 1  # items from one look to the next; of these still to come
+        self._looked = time.monotonic()
 
     def checked(self, items: Iterable[T]) -> Iterator[T]:
         """The items; all ranks must have as many. Raises Interrupted."""
-        for i, item in enumerate(items):
-            if i % self.EVERY == 0 and self.world.any(self.asked()):
-                raise Interrupted("stopped as asked")
+        for item in items:
+            self._left -= 1
+            if self._left <= 0:
+                self._look()
             yield item
+
+    def _look(self) -> None:
+        """All ranks look, and agree on how many items the slowest of them will take half a second for."""
+        now = time.monotonic()
+        pace = (now - self._looked) / self._every
+        wanted = min(int(self.OFTEN / max(pace, 1e-6)), 2 * self._every)  # no more than twice as many: items differ
+        asked, fewer = self.world.most(int(self.asked()), -wanted)
+        self._every = self._left = max(1, -fewer)
+        self._looked = now
+        if asked:
+            raise Interrupted("stopped as asked")

@@ -16,13 +16,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from nanovllm_core.contracts import Batch, Layout, Module
 from nanovllm_parallel.spread import Group
 
-MUCH = 4_000_000_000  # bytes of a whole model in bf16
-
 
 class Sharded(Group):
     """`Parallelized` over shards, with or without replicas and tensor slices."""
 
-    def __init__(self, module: Module, layout: Layout, mesh: Any, *, reshard: bool | None) -> None:
+    def __init__(self, module: Module, layout: Layout, mesh: Any) -> None:
         super().__init__(module, layout, mesh)
         over = mesh["shard"] if layout.data == 1 else mesh["data", "shard"]
         compute = getattr(torch, module.ops.dtype)
@@ -32,10 +30,10 @@ class Sharded(Group):
             cast_forward_inputs=False,
         )
         assert isinstance(module, nn.Module)
-        if reshard is None:  # measured on two H100s, 0.6 B: kept, 2 % more tokens/s and 0.8 GiB
-            reshard = 2 * sum(p.numel() for _, p in module.named_parameters()) > MUCH
         for block in (*module.blocks, module):
-            fully_shard(block, mesh=over, mp_policy=policy, reshard_after_forward=reshard and block is not module)
+            fully_shard(
+                block, mesh=over, mp_policy=policy, reshard_after_forward=layout.reshard and block is not module
+            )
         self.sharded: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
         for part in self.sharded:
             part.set_gradient_divide_factor(1.0)  # the sum, not the mean

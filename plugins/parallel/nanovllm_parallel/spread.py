@@ -62,16 +62,13 @@ class Group(Local):
         return value
 
 
-def spread(module: Module, layout: Layout, mesh: Any, *, reshard: bool | None = None) -> Local:
-    """The module as `layout` lays it out over `mesh`, whose axes are data, shard and tensor.
-
-    `reshard`: shards are put away after a block's forward and gathered again in its backward; None: where that saves much.
-    """
+def spread(module: Module, layout: Layout, mesh: Any) -> Local:
+    """The module as `layout` lays it out over `mesh`, whose axes are data, shard and tensor."""
     if layout.ordered:
         from nanovllm_parallel.ordered import Ordered
 
         return Ordered(module, layout, mesh)
-    if layout == Layout():
+    if mesh is None:
         return Local(module)
     if layout.tensor > 1:
         from nanovllm_parallel.slices import slice_by_roles
@@ -80,7 +77,7 @@ def spread(module: Module, layout: Layout, mesh: Any, *, reshard: bool | None = 
     if layout.shard > 1 or (layout.tensor > 1 and layout.data > 1):
         from nanovllm_parallel.sharded import Sharded
 
-        return Sharded(module, layout, mesh, reshard=reshard)
+        return Sharded(module, layout, mesh)
     if layout.data > 1:
         from nanovllm_parallel.replicated import Replicated
 
