@@ -211,4 +211,40 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
         "                pass\n",
         RANKS,
     ),
+    "ranks take the launcher's count of restarts for the name of their attempt": (
+        "nanovllm_core/training/world.py",
+        "PrefixStore(meet(store, rank, size, MEETING), store)",
+        'PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)',
+        "tests/end_to_end/test_lost_ranks.py -k nodes",
+    ),
+    "a team is complete before all have answered": (
+        "nanovllm_core/training/meeting.py",
+        "range(1, size)]):\n        store.set(",
+        "range(1, 2)]):\n        store.set(",
+        "tests/training/test_world.py",
+    ),
+    "ranks whose launcher is gone go on": (
+        "nanovllm_core/training/watch.py",
+        "                self.hung(self.lonely)\n",
+        "                pass\n",
+        "tests/end_to_end/test_lost_ranks.py -k launcher_that_is_killed",
+    ),
+    "a wrong recipe is tried again": (
+        "nanovllm_core/launch.py",
+        "all(failure.exitcode != USER for failure in e.failures.values())",
+        "True",
+        "tests/end_to_end/test_parallel.py -k told_once",
+    ),
+    "ranks do not compare when they save": (
+        "nanovllm_core/runner.py",
+        "drift(first, lock, uncounted=ELSEWHERE)",
+        "drift(first, lock)",
+        "tests/end_to_end/test_parallel.py -k something_else",
+    ),
+    "a rank's exception is told by the others too": (
+        "nanovllm_core/training/world.py",
+        "                self._hear_failure()\n                with unsignalled():",
+        "                with unsignalled():",
+        "tests/end_to_end/test_lost_ranks.py -k exception",
+    ),
 }

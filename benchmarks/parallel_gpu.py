@@ -5,7 +5,8 @@
 
 Models of the Qwen3-0.6B and Qwen3-4B shapes, random weights, random tokens, sequences of 2,048, bf16 compute over fp32
 masters, AdamW and clipping, through the trainer's own step. On several nodes start it on each, as torchrun says; a layout
-is a strategy's name with its options, as in a recipe.
+is a strategy's name with its options, as in a recipe. What an earlier layout leaves in a process counts in the peak of the
+next, so for peaks start each by itself; a FILE that is there gets more rows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import time
 from datetime import date
@@ -180,9 +180,11 @@ def main() -> None:
                 gc.collect()
                 torch.cuda.empty_cache()
     if world.first and args.out:
+        if args.out.exists():
+            rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] + rows
         told = {
             "benchmark": "parallel_gpu", "date": date.today().isoformat(), "command": " ".join(sys.argv),
-            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
             "rows": rows,
         }  # fmt: skip
         args.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

@@ -73,6 +73,9 @@ def training_memory(
         gathered = 2 * block_parameters + vocabulary if layout.reshard else shape.parameters // t
         held += s * gathered + 4 * block_parameters
         casts = 0
+    made = gradients  # anew in each step
+    if layout.data > 1 and layout.shard == layout.tensor == 1 and not layout.ordered:
+        held, made = held + gradients, 0  # in the buckets of DistributedDataParallel, which stay
 
     between = tokens * shape.hidden * s  # what one block hands to the next
     block = _block(shape, tokens, s, t, keeps_output=_keeps_output(s, device, mixed)) + casts
@@ -83,18 +86,16 @@ def training_memory(
     back = tokens * s * (2 * shape.intermediate // t + shape.hidden) + 4 * down  # gradients in a block, at its widest
     loss = _loss(shape, tokens, s, device, vocabulary)
 
-    had = gradients if accumulates else 0  # of earlier micro-batches
+    had = made if accumulates else 0  # of earlier micro-batches
     head = 4 * vocabulary // layout.shard  # its gradient, which waits for the embedding's where the two are one
     waiting = head if shape.tied else 0
-    before_first = (
-        had + waiting if had else max(head, gradients - 4 * block_parameters // layout.shard - head + waiting)
-    )
+    before_first = had + waiting if had else max(head, made - 4 * block_parameters // layout.shard - head + waiting)
     moments = {
         "loss": held + had + blocks + ends + loss,
         "last block back": held + had + head + blocks + again + ends + back,
         "first block back": held + before_first + block + between + back,
-        "embedding back": held + gradients + (head if had else 0) + 2 * waiting + between,
-        "update": held + gradients,
+        "embedding back": held + made + (head if had else 0) + 2 * waiting + between,
+        "update": held + made,
     }
     return Memory(
         weights=weights,

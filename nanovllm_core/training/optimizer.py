@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+
+from nanovllm_core.training.sharding import local
 
 
 def adamw(
@@ -24,4 +27,14 @@ def adamw(
         {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=1e-8, fused=True)
+    return _Local([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=1e-8, fused=True)
+
+
+class _Local(torch.optim.AdamW):
+    """AdamW on what this rank holds of each tensor: it is elementwise, and going through DTensors costs a GPU its time."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[torch.Tensor]) -> bool:  # fills the lists for one step
+        has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        for tensors in lists:
+            tensors[:] = [local(tensor) for tensor in tensors]
+        return has_complex

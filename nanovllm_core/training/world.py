@@ -8,6 +8,7 @@ message, or a rank that failed or is frozen. One rank speaks to the user: the fi
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -265,7 +266,7 @@ class Together:
     def __init__(self, world: World, asked: Callable[[], bool]) -> None:
         self.world, self.asked = world, asked
         self._every = self._left = 1  # items from one look to the next; of these still to come
-        self._looked = time.monotonic()
+        self._looked = -math.inf
 
     def checked(self, items: Iterable[T]) -> Iterator[T]:
         """The items; all ranks must have as many. Raises Interrupted."""
@@ -278,7 +279,7 @@ class Together:
     def _look(self) -> None:
         """All ranks look, and agree on how many items the slowest of them will take half a second for."""
         now = time.monotonic()
-        pace = (now - self._looked) / self._every
+        pace = (now - self._looked) / self._every  # at the first look nothing is known: look at the next item too
         wanted = min(int(self.OFTEN / max(pace, 1e-6)), 2 * self._every)  # no more than twice as many: items differ
         asked, fewer = self.world.most(int(self.asked()), -wanted)
         self._every = self._left = max(1, -fewer)

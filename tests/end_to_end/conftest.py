@@ -1,9 +1,15 @@
 """A small folder of documents and the recipe that trains on it in seconds."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from attrs import define, field
+from attrs import define, field, frozen
+from safetensors.torch import load_file
 
 from nanovllm_core import Machine, Recipe, Registry, hookimpl, make_plan, run
 
@@ -104,3 +110,79 @@ def go(folder):
         return run(make_plan(recipe, registry, machine or Machine()), callbacks=[watch, *callbacks], stop=stop), watch
 
     return go
+
+
+@frozen
+class Several:
+    """The recipe of a folder on several ranks: real processes with gloo between them, started as a user starts them."""
+
+    folder: Path
+
+    ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+    TRAIN = ("train.global_batch_size=4", "train.per_device_train_batch_size=1", "train.rank_timeout=10")
+
+    def command(self, *sets, processes=2, extra=()):
+        words = [word for s in (*self.TRAIN, *sets) for word in ("--set", s)]
+        start = ["--nproc", str(processes)] if processes else []
+        return [sys.executable, "-m", "nanovllm_core.cli", "run", "recipe.yaml", *start, *extra, *words]
+
+    def start(self, *sets, environment=(), command=None, **options):
+        return subprocess.Popen(
+            command or self.command(*sets, **options), cwd=self.folder, env={**self.ENVIRONMENT, **dict(environment)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, *sets, **options):
+        done = subprocess.run(
+            self.command(*sets, **options), cwd=self.folder, env=self.ENVIRONMENT, capture_output=True, text=True,
+            timeout=240, check=False,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    def losses(self, out="out"):
+        lines = [json.loads(line) for line in (self.folder / out / "metrics.jsonl").read_text().splitlines()]
+        return {x["step"]: x["loss"] for x in lines if "loss" in x}
+
+    def same(self, a, b):
+        held, wanted = (load_file(self.folder / out / "model.safetensors") for out in (a, b))
+        return held.keys() == wanted.keys() and all(held[k].equal(wanted[k]) for k in wanted)
+
+    def ranks(self):
+        """Processes of the run, by rank."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                told = dict(p.partition("=")[::2] for p in (path / "environ").read_text().split("\0"))
+                if (path / "cwd").resolve() == self.folder.resolve() and "RANK" in told:
+                    found[int(told["RANK"])] = int(path.name)
+            except (OSError, UnicodeDecodeError):
+                continue
+        return found
+
+    def under_way(self, process, steps):
+        """Wait for so many steps."""
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (self.folder / "out" / "metrics.jsonl").exists() and max(self.losses(), default=0) >= steps:
+                return
+            time.sleep(0.05)
+        raise AssertionError(process.communicate())
+
+
+@pytest.fixture
+def several(folder):
+    """`folder`, to be run on several ranks."""
+    if not hasattr(os, "pidfd_open"):
+        pytest.skip("needs Linux: fork and /proc")
+    return Several(folder)
+
+
+@pytest.fixture
+def port():
+    """A port that nobody listens on."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,122 @@
+"""Ranks and launchers that die, hang or are told to stop: all end in time, nobody is left, the same command goes on."""
+
+import os
+import random
+import re
+import signal
+import sys
+import time
+
+import pytest
+
+LONG = ("train.max_steps=40", "train.save_steps=10", "train.eval_steps=1000")
+ENDLESS = ("train.max_steps=100000", "train.save_steps=100000", "train.eval_steps=100000")
+IN_TIME = 35  # seconds: 10 after the timeout and what a slow machine adds; torchrun's own patience would be 300
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_ends_the_others_and_the_run_goes_on(several, how):
+    assert several.run(*LONG, "output_dir=whole").returncode == 0
+    process = several.start(*LONG)
+    several.under_way(process, 12)
+    began = time.monotonic()
+    os.kill(several.ranks()[1], how)
+    _, err = process.communicate(timeout=120)
+    assert time.monotonic() - began < IN_TIME
+    assert process.returncode not in (0, 1, 2), err
+    assert re.search(r"rank 1 (is gone|says nothing any more), last: (step|saving)", err), err
+    assert not several.ranks()
+    done = several.run(*LONG)
+    assert done.returncode == 0, done.stderr
+    assert "going on from checkpoint-" in done.stdout
+    assert several.losses() == several.losses("whole")
+    assert several.same("out", "whole")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_frozen_before_training_ends_the_others(several, rank):
+    process = several.start()
+    deadline = time.monotonic() + 60
+    while not (several.folder / "out").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(several.ranks()[rank], signal.SIGSTOP)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert time.monotonic() - began < IN_TIME
+    assert f"rank {rank} says nothing any more, last: " in err, err
+    assert not several.ranks()
+
+
+def test_restarts_go_on_by_themselves(several):
+    process = several.start(*LONG, extra=("--max-restarts", "1"))
+    several.under_way(process, 12)
+    os.kill(several.ranks()[random.Random(3).randrange(2)], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "starting the 2 processes again, 1 of 1" in err
+    assert sorted(several.losses()) == list(range(1, 41))
+
+
+def test_nodes_that_count_restarts_differently_go_on_together(several, port):
+    agents = [
+        several.start(
+            command=[sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                     "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run",
+                     "--max-restarts", "2", *several.command(*LONG, processes=0)[1:]],
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    several.under_way(agents[0], 12)
+    os.kill(several.ranks()[1], signal.SIGKILL)
+    said = [agent.communicate(timeout=180) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert sorted(several.losses()) == list(range(1, 41))
+
+
+def test_a_launcher_that_is_killed_leaves_no_rank_behind(several):
+    process = several.start(*ENDLESS)
+    several.under_way(process, 5)
+    process.kill()
+    _, err = process.communicate(timeout=IN_TIME)  # the ranks hold the pipe too
+    assert not several.ranks()
+    assert err.count("nanovllm: ") == 1, err
+    assert "the store that the ranks share is gone" in err
+
+
+def test_a_signal_to_the_launcher_saves_on_all_ranks(several):
+    process = several.start(*ENDLESS)
+    several.under_way(process, 5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < IN_TIME
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err.count("the same command goes on from checkpoint-") == 1, err
+    assert len(list((several.folder / "out").glob("checkpoint-*"))) == 1
+    assert not several.ranks()
+
+
+FAULT = """\
+import ctypes, os, pathlib, threading, time
+
+def raises():
+    told = pathlib.Path("out/metrics.jsonl")
+    while not told.exists() or told.read_text().count("loss") < 5:
+        time.sleep(0.05)
+    main = ctypes.c_ulong(threading.main_thread().ident)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(RuntimeError))
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=raises, daemon=True).start()
+"""
+
+
+def test_an_exception_of_a_rank_is_told_by_it_alone(several):
+    (several.folder / "sitecustomize.py").write_text(FAULT)
+    process = several.start(*ENDLESS, environment={"PYTHONPATH": str(several.folder)})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode not in (0, 2)
+    assert err.count("Traceback") == 1, err
+    assert "RuntimeError" in err
+    assert "nanovllm: " not in err
+    assert not several.ranks()
