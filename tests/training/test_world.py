@@ -35,6 +35,25 @@ def test_ranks_of_an_attempt_meet_whatever_earlier_ones_left():
     assert len(names) == 12
 
 
+def test_a_team_waits_for_who_comes_late():
+    store, found = HashStore(), {}
+    store.set("here/2", "of an earlier attempt")
+
+    def come(rank):
+        found[rank] = meet(store, rank, 3, 20)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in range(3)]
+    for thread in threads[:2]:
+        thread.start()
+    time.sleep(0.5)
+    assert not found
+    threads[2].start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found.values())) == 1
+    assert len(found) == 3
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_that_does_not_come_is_told(rank):
     with pytest.raises(TrainingError, match=r"the 2 ranks have not all come within 0\.1 s"):
