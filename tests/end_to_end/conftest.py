@@ -132,6 +132,16 @@ class Several:
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
+    def plain(self, port, sets, **environment):
+        """Ranks without a launcher, which would end the others of one that fails; each with its own keys."""
+        world = {"WORLD_SIZE": str(len(sets)), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        return [
+            self.start(
+                *mine, processes=0, environment={**environment, **world, "RANK": str(rank), "MASTER_PORT": str(port)}
+            )
+            for rank, mine in enumerate(sets)
+        ]
+
     def run(self, *sets, **options):
         done = subprocess.run(
             self.command(*sets, **options), cwd=self.folder, env=self.ENVIRONMENT, capture_output=True, text=True,

@@ -114,12 +114,11 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def test_an_exception_of_a_rank_is_told_by_it_alone(several):
+def test_an_exception_of_a_rank_is_told_by_it_alone(several, port):
     (several.folder / "sitecustomize.py").write_text(FAULT)
-    process = several.start(*ENDLESS, environment={"PYTHONPATH": str(several.folder)})
-    _, err = process.communicate(timeout=120)
-    assert process.returncode not in (0, 2)
-    assert err.count("Traceback") == 1, err
-    assert "RuntimeError" in err
-    assert "nanovllm: " not in err
-    assert not several.ranks()
+    first, second = several.plain(port, [ENDLESS] * 2, PYTHONPATH=str(several.folder))
+    told, fault = (process.communicate(timeout=120)[1] for process in (first, second))
+    assert (first.returncode, second.returncode) == (2, 1)
+    assert fault.count("Traceback") == 1, fault
+    assert "RuntimeError" in fault
+    assert not told

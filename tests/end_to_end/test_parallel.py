@@ -56,14 +56,7 @@ def test_a_plan_for_several_ranks_can_be_looked_at(several):
 
 @pytest.mark.parametrize(("key", "there", "here"), [("learning_rate", "0.001", "0.002"), ("save_steps", "2", "3")])
 def test_a_rank_that_would_run_something_else_is_refused_before_the_first_step(several, port, key, there, here):
-    processes = [
-        several.start(
-            f"train.{key}={value}", processes=0,
-            environment={"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
-                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        )
-        for rank, value in enumerate((there, here))
-    ]  # fmt: skip
+    processes = several.plain(port, [[f"train.{key}={value}"] for value in (there, here)])
     told = "".join(p.communicate(timeout=120)[1] for p in processes)
     assert [p.returncode for p in processes] == [2, 2], told
     assert told.count(f"recipe.train.{key}: {there} there, {here} here") == 1, told
