@@ -1,4 +1,4 @@
-"""The command line: `nanovllm init | run | explain | estimate | analyze | plugins | schema | new | generate`.
+"""The command line: `nanovllm init | run | explain | estimate | train | analyze | plugins | schema | new | generate`.
 
 Thin: parse, call the core, print. A user's mistake is one message on standard error and exit code 2.
 """
@@ -73,9 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    args = parser.parse_args(argv)
-    args.again = list(sys.argv[1:] if argv is None else argv)[1:]  # for processes that this one starts
+    if words[:1] == ["train"]:  # its flags are keys, which are looked up only then
+        args = argparse.Namespace(version=False, command=do.train, prog="nanovllm train")
+    else:
+        args = parser.parse_args(words)
+        args.name = next(iter(words), "")
+    args.again = words[1:]  # for processes that this one starts
     if args.version:
         import nanovllm_core
 
@@ -168,6 +173,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max-restarts", type=int, default=0, metavar="N", help="with --nproc: start again from the newest checkpoint when a "
         "process dies or hangs, at most so often (default: 0)",
     )  # fmt: skip
+
+    commands.add_parser("train", help="train by a configuration of the guide: a JSON file, flags (`train --help`)")
 
     analyze = commands.add_parser("analyze", help="show what a folder of documents holds, and what is wrong with it")
     analyze.add_argument("path", help="a file or folder of documents")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import evolve
@@ -16,6 +17,7 @@ from nanovllm_core.errors import Elsewhere, Interrupted, NanoError
 if TYPE_CHECKING:
     from nanovllm_core.machine import Machine
     from nanovllm_core.plan import Plan
+    from nanovllm_core.recipe import Recipe
     from nanovllm_core.registry import Row
     from nanovllm_core.training.world import World
 
@@ -32,7 +34,10 @@ def init(args: argparse.Namespace) -> int:
 def _make_plan(args: argparse.Namespace, machine: Callable[[], Machine] | None = None) -> Plan:
     from nanovllm_core.recipe import Recipe
 
-    recipe = Recipe.load(args.recipe, sets=args.sets)
+    return _plan_of(args, Recipe.load(args.recipe, sets=args.sets), machine)
+
+
+def _plan_of(args: argparse.Namespace, recipe: Recipe, machine: Callable[[], Machine] | None) -> Plan:
     from nanovllm_core.plan import make_plan
     from nanovllm_core.registry import Registry
 
@@ -45,15 +50,52 @@ def _make_plan(args: argparse.Namespace, machine: Callable[[], Machine] | None =
 
 
 def run(args: argparse.Namespace) -> int:
+    return _ranks(args, lambda machine: _make_plan(args, machine))
+
+
+def train(args: argparse.Namespace) -> int:
+    """By the guide's configuration."""
+    from nanovllm_core.guide.flags import config_of, parsed
+    from nanovllm_core.guide.keys import complete, of_one_road, recipe_of
+
+    args = argparse.Namespace(**{**vars(parsed(args.again, args.prog)), "again": args.again, "name": "train"})
+    config = config_of(args)
+    recipe = recipe_of(config, Path.cwd())
+    of_one_road(config)
+    if args.print_recipe:
+        print(recipe.to_yaml(), end="")
+        return 0
+    complete(config)
+    analyzed = bool(config.data.get("analyze_documents"))
+    args.without, args.locked = (), None
+
+    def plan(machine: Callable[[], Machine]) -> Plan:
+        return _plan_of(args, recipe, machine)
+
+    def analyze_first() -> None:
+        from nanovllm_core.analyze import analyze_document_collection, table
+
+        assert recipe.data.path is not None
+        print(table(analyze_document_collection(recipe.data.path)), flush=True)
+
+    return _ranks(args, plan, analyze_first if analyzed else None)
+
+
+def _ranks(
+    args: argparse.Namespace, plan: Callable[[Callable[[], Machine]], Plan], before: Callable[[], None] | None = None
+) -> int:
+    """Run a plan in this process as one of the run's, or start `--nproc` of them; the first does `before`."""
     if args.nproc is not None and "WORLD_SIZE" not in os.environ:
         from nanovllm_core.launch import launch
 
-        return launch(["run", *args.again], args.nproc, args.max_restarts)
+        return launch([args.name, *args.again], args.nproc, args.max_restarts)
     from nanovllm_core.training.world import AGAIN, World
 
     world = World.join()
     try:
-        return _run(args, world)
+        if before is not None and world.first:
+            before()
+        return _run(plan, world)
     except NanoError as e:
         if world.size == 1:
             raise
@@ -64,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         return AGAIN if isinstance(e, Elsewhere) and e.lost else 2
 
 
-def _run(args: argparse.Namespace, world: World) -> int:
+def _run(make_plan: Callable[[Callable[[], Machine]], Plan], world: World) -> int:
     from nanovllm_core.interrupt import Interrupt
     from nanovllm_core.training.stop import StopRequest
 
@@ -73,7 +115,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
     with Interrupt(stop, hint, speaks=world.first) as interrupt:
         from nanovllm_core.machine import Machine
 
-        plan = _make_plan(args, lambda: _smallest(Machine.detect(), world))
+        plan = make_plan(lambda: _smallest(Machine.detect(), world))
         from nanovllm_core.heap import WORTH, give_back
         from nanovllm_core.runner import goes_on, run
 

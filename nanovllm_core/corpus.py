@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,6 +101,8 @@ def prepare(
     Raises DataError when there is nothing to train on.
     """
     documents, data, seed = plan.data.documents, plan.recipe.data, plan.recipe.train.seed
+    if data.workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(data.workers)  # the tokenizers library reads it when it first encodes
     count = found.counts.documents
     out = held_out(found.contents, data.eval_fraction, seed)
     with phase(events, "building the vocabulary") as tell:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,12 @@ from nanovllm_core.files import digest
 CONFIG_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHT_FILES = ("*.safetensors",)
 TOKENIZER_FILES = ("*token*.json", "generation_config.json", "vocab.*", "merges.txt", "*.jinja", "*.model")
+SIZED = re.compile(r"(.*-)(\d+(?:\.\d+)?)([BM])")
+KNOWN = (  # families that people misremember the sizes of
+    *(f"Qwen/Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")),
+    *(f"Qwen/Qwen2.5-{size}B" for size in ("0.5", "1.5", "3", "7", "14", "32", "72")),
+    "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-360M", "HuggingFaceTB/SmolLM2-1.7B",
+)  # fmt: skip
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -58,7 +66,7 @@ def resolve(name: str, *, weights: bool = True) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
-            f"{name}: not a folder here, not in the Hugging Face cache, and the hub did not give it ({reason}). "
+            f"{name}: not a folder here, not in the Hugging Face cache, and the hub did not give it ({reason}){_nearest(name)}. "
             f"Fetch it on a connected machine with `hf download {name}`, or name a folder that holds the model"
         ) from e
     if lacking := _lacking(fetched, weights):
@@ -67,6 +75,16 @@ def resolve(name: str, *, weights: bool = True) -> Path:
             "or name another model"
         )
     return fetched
+
+
+def _nearest(name: str) -> str:
+    """The models of a known family whose size is nearest to one that its family does not have; empty for others."""
+    found = SIZED.fullmatch(name)
+    if found is None or name in KNOWN:
+        return ""
+    sizes = {k: float(m[2]) for k in KNOWN if (m := SIZED.fullmatch(k)) and m[1] == found[1] and m[3] == found[3]}
+    order = sorted(sizes, key=lambda k: abs(math.log(sizes[k] / float(found[2])))) if float(found[2]) else []
+    return f"; its family has no such size, the nearest are {' and '.join(order[:2])}" if order else ""
 
 
 def inside(folder: Path, name: str) -> Path:

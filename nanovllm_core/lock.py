@@ -42,6 +42,7 @@ COUNTED = (
 )  # fmt: skip
 ELSEWHERE = (  # within those: what another key tells better, and what the first of several ranks does alone
     "components.callbacks", "recipe.data.path", "recipe.data.readers", "recipe.data.extractors", "recipe.data.chunk_overlap",
+    "recipe.data.workers",
 )  # fmt: skip
 UNCOUNTED = (  # and what changes no weight, though ranks must have it alike
     *ELSEWHERE, "recipe.train.logging_steps", "recipe.train.eval_steps", "recipe.train.save_steps",

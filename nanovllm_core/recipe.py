@@ -63,6 +63,7 @@ class Data:
     train_on_overlap: train tokens that two chunks share in both; otherwise the second has them as context only
     eval_fraction: share of the documents held out for evaluation; 0 turns evaluation off
     eval_max_tokens: an evaluation measures at most about this much of them, whole documents; null: all
+    workers: threads that tokenise; null: one a core
     on_error: what a record or file that cannot be read does: `strict` stops the run with its place, `skip` leaves it out
       and lists it in skipped.jsonl in output_dir
     max_errors: how many such may be skipped: a count, or a share below 1 of all records (one is always allowed); where the
@@ -80,6 +81,7 @@ class Data:
     train_on_overlap: bool = False
     eval_fraction: float = field(default=0.05, validator=[at_least(0), below(1)])
     eval_max_tokens: int | None = field(default=None, validator=at_least(1))
+    workers: int | None = field(default=None, validator=at_least(1))
     on_error: Literal["strict", "skip"] = "strict"
     max_errors: int | float = field(default=0.01, validator=above(0))
 
@@ -162,17 +164,17 @@ class Recipe:
     @classmethod
     def load(cls, path: Path | str, sets: Sequence[str] = ()) -> Recipe:
         """The recipe of a YAML file, changed by `KEY=VALUE` settings. Raises RecipeError with every problem's place."""
-        return _make(read(path), Path(path).absolute().parent, sets)
+        return structured(read(path), Path(path).absolute().parent, sets)
 
     @classmethod
     def from_text(cls, text: str, file: str = "recipe", base: Path | None = None, sets: Sequence[str] = ()) -> Recipe:
         """The recipe of a YAML text; `file` names it in messages, relative paths count from `base`."""
-        return _make(parse(text, file), base or Path.cwd(), sets)
+        return structured(parse(text, file), base or Path.cwd(), sets)
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any], base: Path | None = None, sets: Sequence[str] = ()) -> Recipe:
         """The recipe of plain data, as YAML would hold it."""
-        return _make(Text(copy.deepcopy(dict(data))), base or Path.cwd(), sets)
+        return structured(Text(copy.deepcopy(dict(data))), base or Path.cwd(), sets)
 
     def to_data(self) -> dict[str, Any]:
         """Every key as plain data; a component without options is its bare name. `from_data` is the inverse."""
@@ -198,7 +200,8 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------- from data to classes
 
 
-def _make(text: Text, base: Path, sets: Sequence[str]) -> Recipe:
+def structured(text: Text, base: Path, sets: Sequence[str] = ()) -> Recipe:
+    """The recipe of data with its places. Raises RecipeError with every problem's place."""
     if text.data is None:
         text = attrs.evolve(text, data={})
     if not isinstance(text.data, dict):

@@ -85,8 +85,11 @@ class Text:
         return self.keys.get(path) or self.place(path)
 
 
-def read(path: Path | str) -> Text:
-    """The data of a YAML file. Raises RecipeError when it is missing, too big, not UTF-8, or not plain data."""
+def read(path: Path | str, *, tabs: bool = False) -> Text:
+    """The data of a YAML file. Raises RecipeError when it is missing, too big, not UTF-8, or not plain data.
+
+    `tabs`: they count as spaces, as in JSON, which has them between values alone.
+    """
     try:
         with open(path, "rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
@@ -98,7 +101,8 @@ def read(path: Path | str) -> Text:
         raise RecipeError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
     _limit(len(raw), str(path))
     try:
-        return parse(raw.decode("utf-8"), str(path))
+        text = raw.decode("utf-8")
+        return parse(text.replace("\t", " ") if tabs else text, str(path))
     except UnicodeDecodeError as e:
         before = raw[: e.start].decode("utf-8")
         place = Place(str(path), before.count("\n") + 1, len(before) - before.rfind("\n"))

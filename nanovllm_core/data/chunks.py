@@ -160,6 +160,10 @@ class Chunks:
         targets[: self.windows.context[number]] = IGNORE
         return ids[:-1].astype(np.int64), targets
 
+    def following(self, number: int) -> Int64:
+        """The token that follows a window's inputs, trained or not: [1]."""
+        return self._tokens(number)[0][-1:].astype(np.int64)
+
     def trained(self, number: int) -> int:
         """How many targets of a window are trained."""
         return int(np.count_nonzero(self._tokens(number)[1][1 + int(self.windows.context[number]) :]))

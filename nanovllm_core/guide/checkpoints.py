@@ -1,0 +1,165 @@
+"""`CheckpointManager`: the checkpoints of a run for a training loop of one's own. The same files, the same promises."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanovllm_core.errors import CheckpointError
+from nanovllm_core.files import read_json
+from nanovllm_core.guide.config import TrainingConfig
+from nanovllm_core.guide.tokenizers import ready
+from nanovllm_core.training import checkpoint
+from nanovllm_core.training.checkpoint import State
+from nanovllm_core.training.export import write_config
+from nanovllm_core.training.parts import load_optimizer, snapshot
+from nanovllm_core.training.saver import Saver, pointed
+from nanovllm_core.weights import ModelFolder
+
+IDENTITY = "a training loop of its own"
+CONFIG = "training_config.json"
+
+
+class CheckpointManager:
+    """Saves `checkpoint-<step>` folders under `output_dir`, which open like any model folder.
+
+    save_total_limit: the newest that are kept, beside the best; None keeps all
+    """
+
+    def __init__(self, output_dir: str | Path, save_total_limit: int | None = 3) -> None:
+        self.root, self.limit = Path(output_dir), save_total_limit
+
+    def save_checkpoint(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any = None,
+        tokenizer: Any = None,
+        step: int = 0,
+        epoch: float = 0,
+        loss: float = math.nan,
+        config: TrainingConfig | Mapping[str, Any] | None = None,
+        is_best: bool = False,
+    ) -> Path:
+        """Write a checkpoint and return when it is on the disk; the folder.
+
+        model: of ours or of transformers; optimizer: AdamW; `is_best`: kept until another one is, and `best` leads to it.
+        Raises OutputError when it cannot be written (what was saved before is untouched), CheckpointError without a
+        tokenizer.
+        """
+        if tokenizer is None:
+            raise CheckpointError("save_checkpoint: a checkpoint opens as a model, so it needs the tokenizer")
+        own = ready(tokenizer)
+        told = config.given if isinstance(config, TrainingConfig) else dict(config or {})
+        self.root.mkdir(parents=True, exist_ok=True)
+        finite = {"eval_loss": float(loss)} if math.isfinite(loss) else {}
+        state = State(
+            step=step,
+            position=0,
+            total_steps=step,
+            identity=IDENTITY,
+            tokenizer=own.fingerprint,
+            metrics={"epoch": float(epoch), **finite},
+            before={},
+            random=[checkpoint.random_state()],
+            evaluated=is_best and bool(finite),
+            progress={
+                "optimizer": {"lr": [float(group["lr"]) for group in optimizer.param_groups]},
+                **({"scheduler": _numbers(scheduler.state_dict())} if scheduler is not None else {}),
+            },
+        )
+
+        def rest(folder: Path) -> None:
+            write_config(folder, _config(model), own, "float32")
+            (folder / CONFIG).write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
+
+        saver = Saver(root=self.root, limit=self.limit, write_rest=rest, saved=lambda s, p: None, free=lambda: 0)
+        if not is_best and (found := checkpoint.best(self.root, step)):
+            saver.best, saver.best_loss = found[0].name, found[1]
+        saver.save(state, lambda copy: snapshot(list(model.named_parameters()), optimizer, copy), 0)
+        saver.finish()
+        return self.root / f"checkpoint-{step}"
+
+    @property
+    def latest(self) -> Path | None:
+        """The newest checkpoint."""
+        name = pointed(self.root)
+        return None if name is None else self.root / name
+
+    @property
+    def best(self) -> Path | None:
+        """The newest that was saved with `is_best`, if it is sound."""
+        try:
+            name = read_json(self.root / "checkpoints.json")["best"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return None if name is None else self.root / str(name)
+
+    def load_checkpoint(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        *,
+        best: bool = False,
+    ) -> dict[str, Any]:
+        """Put back the newest sound checkpoint (or the best): `step`, `epoch` and `loss` of it.
+
+        Raises CheckpointError when there is none, or it is another model's.
+        """
+        folder = self.best if best else None
+        if folder is not None:
+            state = checkpoint.sound(folder, IDENTITY)
+        elif best or not (found := checkpoint.newest(self.root, lambda text: None, IDENTITY)):
+            raise CheckpointError(f"{self.root}: no sound checkpoint that a CheckpointManager saved")
+        else:
+            folder, state = found
+        saved = ModelFolder.open(folder)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                value = saved.tensor(name)
+                if value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"{folder}: {name} is {list(value.shape)}, this model's {list(parameter.shape)}"
+                    )
+                parameter.copy_(value)
+        if optimizer is not None:
+            load_optimizer(folder, optimizer, model.named_parameters())
+            for group, rate in zip(optimizer.param_groups, state.progress["optimizer"]["lr"], strict=True):
+                group["lr"] = rate
+        if scheduler is not None and "scheduler" in state.progress:
+            scheduler.load_state_dict({**scheduler.state_dict(), **state.progress["scheduler"]})
+        checkpoint.set_random_state(state.random[0])
+        return {
+            "step": state.step,
+            "epoch": state.metrics.get("epoch", 0.0),
+            "loss": state.metrics.get("eval_loss", math.nan),
+            "path": folder,
+        }
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        raise CheckpointError(
+            f"save_checkpoint: the {type(model).__name__} has no config; give a model of ours or of transformers"
+        )
+    told: dict[str, Any] = config.to_dict()
+    return told
+
+
+def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint may hold of a scheduler: numbers and lists of them."""
+    plain = (bool, int, float)
+    return {
+        key: float(value) if isinstance(value, float) else value
+        for key, value in state.items()
+        if (type(value) in plain and not isinstance(value, bool))
+        or (isinstance(value, list) and value and all(type(x) in (int, float) for x in value))
+    }

@@ -1,0 +1,90 @@
+"""`Trainer`: the guide's object over a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from nanovllm_core.errors import RecipeError
+from nanovllm_core.guide.config import TrainingConfig
+from nanovllm_core.guide.keys import complete
+from nanovllm_core.hookspecs import hookimpl
+from nanovllm_core.plan import Plan, make_plan
+from nanovllm_core.registry import Registry
+from nanovllm_core.runner import run
+
+
+@frozen
+class Result:
+    """What `Trainer.train` gives."""
+
+    output_dir: Path  # the finished model, which `LLM`, transformers and vLLM open
+    steps: int
+    metrics: Mapping[str, float]  # the newest of training and of the held-out documents
+
+
+class Trainer:
+    """A training run by a TrainingConfig: `Trainer.from_pretrained(config).train()`."""
+
+    def __init__(
+        self, config: TrainingConfig, callbacks: Sequence[object] = (), registry: Registry | None = None
+    ) -> None:
+        """`callbacks`: instances with `@hookimpl` methods of `hookspecs.Callbacks`. Raises NanoError for what cannot run."""
+        self.config, self.callbacks = config, callbacks
+        complete(config.text())
+        self.plan: Plan = make_plan(config.recipe(), registry or Registry.from_environment())
+
+    @classmethod
+    def from_pretrained(cls, config: TrainingConfig, **options: Any) -> Trainer:
+        """To fine-tune `config.model_name_or_path`."""
+        if config.train_from_scratch:
+            raise RecipeError(
+                "Trainer.from_pretrained: the configuration says train_from_scratch; use Trainer.from_scratch, or leave it out"
+            )
+        return cls(config, **options)
+
+    @classmethod
+    def from_scratch(cls, config: TrainingConfig, **options: Any) -> Trainer:
+        """To train a new model of `config.model_size` from random weights."""
+        if config.model_name_or_path is not None and not config.train_from_scratch:
+            raise RecipeError(
+                f"Trainer.from_scratch: the configuration names the pretrained {config.model_name_or_path!r}; use "
+                "Trainer.from_pretrained, or leave model_name_or_path out"
+            )
+        return cls(config.changed(train_from_scratch=True), **options)
+
+    def train(self) -> Result:
+        """Train to the end, export and measure. Called again after an interruption it goes on from the newest checkpoint."""
+        figures = _Figures()
+        if self.config.analyze_documents:
+            from nanovllm_core.analyze import analyze_document_collection, table
+
+            assert self.config.dataset_path is not None
+            print(table(analyze_document_collection(self.config.dataset_path)), end="")
+        folder = run(self.plan, [*self.callbacks, figures])
+        return Result(folder, figures.step, figures.metrics)
+
+
+@frozen(eq=False)
+class _Figures:
+    """Keeps the newest figures of a run."""
+
+    metrics: dict[str, float] = field(factory=dict)
+    steps: list[int] = field(factory=list)
+
+    @property
+    def step(self) -> int:
+        return max(self.steps, default=0)
+
+    @hookimpl
+    def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.steps[:] = [step]
+        self.metrics.update(metrics)
+
+    @hookimpl
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.steps[:] = [step]
+        self.metrics.update(metrics)

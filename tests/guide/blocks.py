@@ -1,0 +1,310 @@
+"""Every fenced block of the user's guide, run as a user would, each in a folder prepared for it.
+
+    python tests/guide/blocks.py [NUMBER ...] [--list] [--out FILE]
+
+The folder has a Hugging Face cache with a small model under the names that the guide uses, small documents under the paths
+it uses, and `train.py`. Names that a Python block leaves free are defined before it (`PRELUDE`); arguments and keys that it
+leaves out are completed, and both are listed. Blocks with nothing to run are listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import builtins
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+GUIDE = HERE / "guide.md"
+MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.8B", "Qwen/Qwen3-7B")  # the last two stand in the guide alone
+FOLDERS = (
+    "documents", "research_papers", "medical_documents", "legal_docs", "legal_cases", "company_docs", "chemistry_papers",
+    "your_data", "my_documents",
+)  # fmt: skip
+
+PRELUDE = {  # what a block may leave free -> (what that needs, how it is defined)
+    "TrainingConfig": ((), "from nanovllm import TrainingConfig"),
+    "Trainer": ((), "from nanovllm import Trainer"),
+    "MultiDocumentDataset": ((), "from nanovllm.training import MultiDocumentDataset"),
+    "device": ((), "device = 'cpu'"),
+    "tokenizer": ((), "from transformers import AutoTokenizer\n"
+                      "tokenizer = AutoTokenizer.from_pretrained('Qwen/Qwen3-0.6B')"),
+    "model": ((), "from transformers import AutoModelForCausalLM\n"
+                  "model = AutoModelForCausalLM.from_pretrained('Qwen/Qwen3-0.6B')"),
+    "dataset": (("MultiDocumentDataset", "tokenizer"), "dataset = MultiDocumentDataset('./documents', tokenizer, 64)"),
+    "dataloader": (("dataset",), "from torch.utils.data import DataLoader\nfrom nanovllm.training import collate\n"
+                                 "dataloader = DataLoader(dataset, batch_size=2, collate_fn=collate)"),
+    "eval_dataloader": (("dataloader",), "eval_dataloader = dataloader"),
+    "optimizer": (("model",), "from nanovllm.training import create_optimizer\noptimizer = create_optimizer(model)"),
+    "scheduler": (("optimizer",), "from nanovllm.training import create_scheduler\nscheduler = create_scheduler(optimizer)"),
+    "config": (("TrainingConfig",), "config = TrainingConfig()"),
+}  # fmt: skip
+NEEDED = {"MultiDocumentDataset": {"data_path": "'./documents'", "tokenizer": "tokenizer"}}  # arguments of a call
+CONFIG = {"model_name_or_path": "Qwen/Qwen3-0.6B", "dataset_path": "./documents", "max_seq_length": 256}
+
+
+def blocks() -> list[dict[str, Any]]:
+    """Number, line, section, language and text of each block."""
+    found, section, inside = [], "", None
+    for number, line in enumerate(GUIDE.read_text(encoding="utf-8").splitlines(), 1):
+        if fence := re.match(r"```(\w*)", line):
+            if inside is None:
+                inside = {
+                    "number": len(found) + 1,
+                    "line": number,
+                    "section": section,
+                    "language": fence[1],
+                    "text": "",
+                }
+            else:
+                found.append(inside)
+                inside = None
+        elif inside is not None:
+            inside["text"] += line + "\n"
+        elif line.startswith("#"):
+            section = line.lstrip("# ")
+    return found
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def prepare(place: Path) -> None:
+    """What every block finds: a cache of models, once."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        text(random.Random(1), 4000).split("."), trainers.BpeTrainer(
+            vocab_size=512, special_tokens=["<|endoftext|>", "<|pad|>"], initial_alphabet=alphabet, show_progress=False
+        )
+    )  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|pad|>")
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=16, max_position_embeddings=8192, tie_word_embeddings=True,
+        eos_token_id=0, bos_token_id=None, pad_token_id=1,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    for name in MODELS:
+        root = place / "hub" / f"models--{name.replace('/', '--')}"
+        snapshot = root / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text(snapshot.name)
+        model.save_pretrained(snapshot)
+        tokenizer.save_pretrained(snapshot)
+
+
+WORDS = (
+    "river", "court", "ruling", "patient", "dose", "compound", "reaction", "theorem", "ledger", "invoice", "meeting",
+    "protocol", "notes", "evidence",
+)  # fmt: skip
+
+
+def text(draw: random.Random, words: int) -> str:
+    """Sentences of made-up prose."""
+    said = [draw.choice(WORDS) for _ in range(words)]
+    return " ".join(word + ("." if i % 9 == 8 else "") for i, word in enumerate(said)) + "."
+
+
+def fill(folder: Path) -> None:
+    """Documents of every format under each path, and train.py."""
+    draw = random.Random(7)
+    for name in FOLDERS:
+        place = folder / name / "notes"
+        place.mkdir(parents=True)
+        for i in range(3):
+            (place / f"{i}.txt").write_text(text(draw, 150))
+        (folder / name / "articles.jsonl").write_text(
+            "".join(json.dumps({key: text(draw, 60)}) + "\n" for key in ("text", "content"))
+            + json.dumps({"input": "What is the dose?", "output": text(draw, 8)}) + "\n"
+        )  # fmt: skip
+        (folder / name / "papers.json").write_text(json.dumps([{"text": text(draw, 80)}, {"body": text(draw, 80)}]))
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text("".join(json.dumps({"text": text(draw, 90)}) + "\n" for _ in range(6)))
+    shutil.copy(REPOSITORY / "train.py", folder)
+
+
+# ---------------------------------------------------------------- what a block means
+
+
+def idle(block: dict[str, Any]) -> str:
+    """Why a block has nothing to run; empty where it has."""
+    lines = [line for line in block["text"].splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if block["language"] == "" or any(c in block["text"] for c in "├└"):
+        return "a tree of files"
+    if block["language"] == "bash" and all(re.match(r"(pip install|git clone|cd )", line) for line in lines):
+        return "installs packages"
+    return ""
+
+
+def command(block: dict[str, Any], folder: Path) -> tuple[list[str], list[str]]:
+    """How to run it in `folder`, and what was completed."""
+    language, source, added = block["language"], block["text"], []
+    if language == "python":
+        code, added = completed_python(source)
+        (folder / "block.py").write_text(code)
+        return [sys.executable, "block.py"], added
+    if language == "bash":
+        kept = "\n".join(line for line in source.splitlines() if not line.startswith("pip "))
+        for name in FOLDERS:
+            if f"mkdir {name}" in kept:
+                shutil.rmtree(folder / name)
+        flags = [line for line in kept.splitlines() if line.startswith("--")]
+        for name, more in (
+            ("config.json", {}),
+            ("finetune_config.json", {}),
+            ("scratch_config.json", {"model_name_or_path": None, "model_size": "tiny"}),
+        ):
+            if name in kept and f"cat > {name}" not in kept:
+                config = {**CONFIG, **more}
+                (folder / name).write_text(json.dumps(config))
+                added.append(f"{name}: {config}")
+        if flags:
+            (folder / "config.json").write_text(json.dumps(CONFIG))
+            kept = "set -e\n" + "\n".join(
+                f"rm -rf checkpoints; python train.py --config config.json {flag}" for flag in flags
+            )
+            added.append("flags alone: python train.py --config config.json before each")
+        return ["bash", "-e", "-c", kept], added
+    if language == "jsonl" or block["text"].lstrip().startswith("[") or "content..." in block["text"]:
+        (folder / "given").mkdir()
+        (folder / "given" / f"data.{language}").write_text(source)
+        return [sys.executable, "-m", "nanovllm_core.cli", "analyze", "given"], ["read by `nanovllm analyze`"]
+    given = json.loads(source)
+    missing = {
+        k: v
+        for k, v in CONFIG.items()
+        if k not in given and not (k.startswith("model") and given.get("train_from_scratch"))
+    }
+    (folder / "config.json").write_text(json.dumps({**missing, **given}))
+    if missing:
+        added.append(f"keys: {missing}")
+    ranks = given.get("tensor_parallel_size", 1) * given.get("data_parallel_size", 1)
+    start = [sys.executable, "train.py"]
+    if ranks > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "train.py"]
+        added.append(f"started by torchrun with {ranks} processes")
+    return [*start, "--config", "config.json"], added
+
+
+def completed_python(source: str) -> tuple[str, list[str]]:
+    """The block with what it leaves free before it and the arguments that it leaves out in it."""
+    tree, added = ast.parse(source), []
+    for call in ast.walk(tree):
+        needed = NEEDED.get(call.func.id, {}) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else {}
+        for i, (name, value) in enumerate(needed.items()):
+            if len(call.args) <= i and name not in {k.arg for k in call.keywords}:
+                call.keywords.append(ast.keyword(name, ast.parse(value, mode="eval").body))
+                added.append(f"argument {name}")
+    code = ast.unparse(tree) if added else source
+    free, bound = [], set(dir(builtins))
+    for node in ast.parse(code).body:
+        for name in (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)):
+            inner = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            if name not in bound and name not in free and not (name in inner and isinstance(node, ast.For | ast.With)):
+                free.append(name)
+        for n in ast.walk(node):
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
+                bound.add(n.id)
+            elif isinstance(n, ast.alias):
+                bound.add((n.asname or n.name).split(".")[0])
+    before: list[str] = []
+
+    def define(name: str) -> None:
+        needs, how = PRELUDE[name]
+        for other in needs:
+            define(other)
+        if how not in before:
+            before.append(how)
+
+    for name in free:
+        define(name)
+    return "\n".join([*before, code]), [*added, *(f"name {name}" for name in free)]
+
+
+def run(block: dict[str, Any], cache: Path, place: Path) -> dict[str, Any]:
+    """Run one block in a fresh folder."""
+    told = {k: block[k] for k in ("number", "line", "section", "language")}
+    if why := idle(block):
+        return {**told, "outcome": "nothing to run", "reason": why}
+    folder = place / str(block["number"])
+    folder.mkdir()
+    fill(folder)
+    words, added = command(block, folder)
+    bin_folder = str(Path(sys.executable).parent)
+    environment = {
+        **os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1" if "torchrun" in str(words) else "2",
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    began = time.perf_counter()
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    ok = done.returncode == 0
+    shutil.rmtree(folder, ignore_errors=ok)
+    tail = "" if ok else (done.stdout[-1500:] + done.stderr[-3000:])
+    return {
+        **told, "outcome": "ran" if ok else "failed", "seconds": round(time.perf_counter() - began, 1),
+        **({"completed": added} if added else {}), **({"output": tail} if tail else {}),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", type=int)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    all_blocks = blocks()
+    chosen = [b for b in all_blocks if not args.numbers or b["number"] in args.numbers]
+    if args.list:
+        for b in chosen:
+            print(f"{b['number']:3} line {b['line']:4} {b['language']:7} {idle(b) or b['section']}")
+        return 0
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="guide-") as name:
+        cache, place = Path(name) / "cache", Path(name) / "work"
+        place.mkdir()
+        prepare(cache)
+        for block in chosen:
+            rows.append(run(block, cache, place))
+            row = rows[-1]
+            print(
+                f"{row['number']:3} {row['language']:7} {row['outcome']:14} {row.get('seconds', 0):6.1f} s  {row['section']}",
+                flush=True,
+            )
+            if "output" in row:
+                print(row["output"], flush=True)
+    ran, able = (sum(row["outcome"] in kinds for row in rows) for kinds in (("ran",), ("ran", "failed")))
+    print(f"{ran} of {able} run; {len(rows) - able} have nothing to run; {len(rows)} in all")
+    if args.out:
+        told = {
+            "benchmark": "guide",
+            "date": date.today().isoformat(),
+            "ran": ran,
+            "able": able,
+            "total": len(rows),
+            "blocks": rows,
+        }
+        args.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return int(ran < able)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

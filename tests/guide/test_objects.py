@@ -1,0 +1,280 @@
+"""The guide's objects: a loop of one's own is a run's pieces, and works with those of transformers."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nanovllm import LLM, SamplingParams, Trainer, TrainingConfig
+from nanovllm.training import (
+    CustomTokenizer,
+    MultiDocumentDataset,
+    collate,
+    create_model_from_scratch,
+    create_optimizer,
+    create_scheduler,
+    prepare_datasets,
+)  # fmt: skip
+from nanovllm.training.checkpoint import CheckpointManager
+from nanovllm.training.evaluation import evaluate_model
+from nanovllm.training.memory import MemoryManager, estimate_training_memory
+from nanovllm_core.contracts import IGNORE
+from nanovllm_core.errors import CheckpointError, DataError, ModelError, OptionError, RecipeError, TrainingError
+
+WORDS = [
+    "river",
+    "stone",
+    "light",
+    "wind",
+    "harbour",
+    "letter",
+    "morning",
+    "engine",
+    "garden",
+    "winter",
+    "silver",
+    "paper",
+]
+
+
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory):
+    draw, folder = random.Random(3), tmp_path_factory.mktemp("docs")
+    for i in range(8):
+        (folder / f"{i}.txt").write_text(" ".join(draw.choice(WORDS) for _ in range(40 + 20 * i)) + ".")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(docs):
+    return create_model_from_scratch(docs, "tiny", 300)
+
+
+@pytest.fixture(scope="module")
+def folder(made, tmp_path_factory):
+    model, tokenizer, _ = made
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path, tokenizer)
+    return path
+
+
+@pytest.fixture
+def batch(docs, made):
+    return collate([MultiDocumentDataset(docs, made[1], 64)[i] for i in (0, 3, 5)], pad_id=1)
+
+
+def test_a_new_model_and_its_figures(docs, made):
+    model, tokenizer, info = made
+    assert info["parameter_count"] == sum(p.numel() for p in model.parameters())
+    stats = info["vocab_stats"]
+    assert info["vocab_size"] == stats["vocab_size"] == tokenizer.vocab_size == len(tokenizer) == 300
+    texts = [p.read_text() for p in sorted(docs.iterdir())]
+    words = [w for t in texts for w in t.split()]
+    one = [w for w in words if 1 in (len(tokenizer.encode(w)), len(tokenizer.encode(f" {w}")))]
+    assert stats["coverage"] == pytest.approx(len(one) / len(words))
+    assert 0 < stats["coverage"] < 1
+    assert stats["total_words"] == len(words)
+    text, count = stats["most_common"][0]
+    ids = list(itertools.chain.from_iterable(tokenizer.encode(t) for t in texts))
+    assert count == max(ids.count(i) for i in set(ids))
+    assert any(tokenizer.decode([i]) == text and ids.count(i) == count for i in set(ids))
+
+
+def test_the_call_is_that_of_transformers(made, folder, batch):
+    model, theirs = made[0].eval(), AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert dict(theirs.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    with torch.no_grad():
+        ours, wanted = model(**batch, return_logits=True), theirs(**batch)
+    assert float(ours["loss"]) == pytest.approx(float(wanted.loss), rel=1e-5)
+    assert ours.loss is ours["loss"]
+    real = batch["attention_mask"].bool()
+    assert torch.allclose(ours.logits[real], wanted.logits[real], atol=1e-4)
+    assert not ours.logits[~real].any()
+    assert model(batch["input_ids"]).loss is None
+    flipped = {k: v.flip(1).clone() for k, v in batch.items()}  # padded on the left, rows read backwards
+    for row, n in enumerate(batch["attention_mask"].sum(1).tolist()):
+        for key in batch:
+            flipped[key][row, -n:] = batch[key][row, :n]
+    with torch.no_grad():
+        assert torch.equal(model(**flipped)["loss"], ours["loss"])
+
+
+def test_the_call_refuses_what_does_not_fit(made, batch):
+    model, ids = made[0], batch["input_ids"]
+    for wrong in (
+        {"input_ids": ids[0]}, {"input_ids": ids.float()}, {"input_ids": ids, "labels": ids[:, 1:]},
+        {"input_ids": ids, "attention_mask": torch.ones(1, 2)}, {"input_ids": ids, "attention_mask": torch.zeros_like(ids)},
+        {"input_ids": torch.zeros(1, 10**5, dtype=torch.long)},
+    ):  # fmt: skip
+        with pytest.raises(ModelError):
+            model(**wrong)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_samples_hold_every_token_and_train_it_once(docs, folder, joined):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = MultiDocumentDataset(docs, tokenizer, 32, joined, chunk_overlap=8, min_chunk_size=4)
+    assert len(data.documents) == 8
+    assert {d["source_file"].rpartition("/")[2] for d in data.documents[:]} == {p.name for p in docs.iterdir()}
+    trained, chunks = 0, {}
+    for i in range(len(data)):
+        sample = data[i]
+        ids, labels, told = sample["input_ids"], sample["labels"], sample["metadata"]
+        assert len(ids) == len(labels) == told["token_count"] <= 32
+        assert labels[0] == IGNORE
+        known = labels != IGNORE
+        assert torch.equal(ids[known], labels[known])
+        trained += int(known.sum())
+        chunks.setdefault(told["source_file"], []).append(told["chunk_index"])
+    assert trained == sum(d["token_count"] - 1 for d in data.documents)
+    if not joined:
+        assert all(numbers == list(range(len(numbers))) for numbers in chunks.values())
+        whole = data.documents[0]
+        assert whole["text"] == (docs / whole["source_file"].rpartition("/")[2]).read_text()
+    assert torch.equal(data[-1]["input_ids"], data[len(data) - 1]["input_ids"])
+    with pytest.raises(IndexError):
+        data[len(data)]
+
+
+def test_what_a_data_set_cannot_be_is_told(docs, made):
+    with pytest.raises(DataError, match="chunk_overlap: got 31, allowed: 0 to 30"):
+        MultiDocumentDataset(docs, made[1], 32, chunk_overlap=31)
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        MultiDocumentDataset(docs / "nowhere", made[1])
+    with pytest.raises(ModelError, match="no vocabulary yet"):
+        MultiDocumentDataset(docs, CustomTokenizer(400))
+    with pytest.raises(ModelError, match="got a int as tokenizer"):
+        MultiDocumentDataset(docs, 3)
+
+
+def test_documents_are_on_one_side(docs, made):
+    train, held = prepare_datasets(docs, made[1], 64, eval_fraction=0.3)
+    sides = [{d["source_file"] for d in side.documents} for side in (train, held)]
+    assert len(sides[0] | sides[1]) == 8
+    assert not sides[0] & sides[1]
+    assert len(held.documents) == 2
+
+
+def test_a_schedule_is_that_of_a_run(made):
+    optimizer = create_optimizer(made[0], learning_rate=1e-2, weight_decay=0.1)
+    assert [len(g["params"]) for g in optimizer.param_groups if g["weight_decay"] == 0] == [
+        sum(p.ndim < 2 for p in made[0].parameters())
+    ]
+    scheduler, rates = create_scheduler(optimizer, "cosine", 2, 6), []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    wanted = [1 / 3, 2 / 3] + [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
+    assert rates == pytest.approx([1e-2 * w for w in wanted])
+    with pytest.raises(OptionError, match="got 'cosin', allowed: cosine, linear, constant, wsd"):
+        create_scheduler(optimizer, "cosin")
+
+
+def test_an_evaluation_does_not_depend_on_the_batches(docs, made, folder):
+    model, tokenizer, _ = made
+    data = MultiDocumentDataset(docs, tokenizer, 48)
+    found = [evaluate_model(model, tokenizer, DataLoader(data, n, collate_fn=collate), "cpu") for n in (1, 5)]
+    theirs = evaluate_model(
+        AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder),
+        DataLoader(data, 3, collate_fn=collate), "cpu",
+    )  # fmt: skip
+    for one in (*found, theirs):
+        assert one.loss == pytest.approx(found[0].loss, rel=1e-5)
+        assert one.perplexity == pytest.approx(math.exp(one.loss))
+        assert one.tokens == sum(d["token_count"] - 1 for d in data.documents)
+        size = sum(len(d["text"].encode()) for d in data.documents)
+        assert one.bits_per_byte == pytest.approx(one.loss * one.tokens / math.log(2) / size, rel=0.02)
+    with pytest.raises(TrainingError, match="no label"):
+        evaluate_model(model, tokenizer, [])
+
+
+def steps(model, optimizer, scheduler, data, numbers):
+    losses = []
+    for n in numbers:
+        loss = model(**collate([data[n % len(data)]]))["loss"]
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("whose", ["ours", "transformers"])
+def test_a_loop_goes_on_from_its_checkpoint(docs, made, folder, tmp_path, whose):
+    def fresh():
+        if whose == "ours":
+            return create_model_from_scratch(docs, "tiny", 300)[0]
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+    def parts(model):
+        optimizer = create_optimizer(model, learning_rate=1e-3)
+        return model, optimizer, create_scheduler(optimizer, "linear", 2, 12)
+
+    data, manager = MultiDocumentDataset(docs, made[1], 48), CheckpointManager(tmp_path, save_total_limit=2)
+    own = parts(fresh())
+    first = steps(*own, data, range(4))
+    assert first[-1] < first[0]
+    saved = manager.save_checkpoint(
+        *own, made[1], step=4, epoch=1, loss=2.5, config=TrainingConfig(seed=7), is_best=True
+    )
+    wanted = steps(*own, data, range(4, 8))
+    other = parts(fresh())
+    told = manager.load_checkpoint(*other)
+    assert (told["step"], told["epoch"], told["loss"], told["path"]) == (4, 1.0, 2.5, saved)
+    assert steps(*other, data, range(4, 8)) == wanted
+    assert '"seed": 7' in (saved / "training_config.json").read_text()
+    assert len(LLM(saved).generate(["the river"], SamplingParams(max_tokens=4, temperature=0))[0]["token_ids"]) <= 4
+    for step in (8, 9, 10):
+        manager.save_checkpoint(*own, made[1], step=step, loss=3.0)
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-9", "checkpoint-10"}
+    assert (manager.latest.name, manager.best.name) == ("checkpoint-10", "checkpoint-4")
+    assert manager.load_checkpoint(fresh(), best=True)["step"] == 4
+    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+        CheckpointManager(tmp_path / "empty").load_checkpoint(own[0])
+
+
+def test_memory_is_measured(made):
+    manager = MemoryManager("cpu")
+    with manager.memory_profiling("a tensor") as figures:
+        held = torch.ones(32 << 20)
+        del held
+    assert figures["peak"] - figures["before"] > 100e6
+    assert manager.stats["a tensor"] is figures
+    assert manager.log_memory_usage("now") > 10e6
+    estimate = estimate_training_memory(made[0], batch_size=2, sequence_length=64, device="cpu")
+    assert estimate["weights"] == 4 * sum(p.numel() for p in made[0].parameters())
+
+
+def test_a_trainer_trains_and_answers(docs, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = {
+        "dataset_path": str(docs),
+        "max_seq_length": 64,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+    }
+    tuned = Trainer.from_pretrained(TrainingConfig(model_name_or_path=str(folder), output_dir="tuned", **common))
+    own = Trainer.from_scratch(TrainingConfig(model_size="tiny", vocab_size=300, output_dir="own", **common))
+    for trainer in (tuned, own):
+        result = trainer.train()
+        assert result.steps == 3
+        assert math.isfinite(result.metrics["loss"])
+        assert math.isfinite(result.metrics["eval_loss"])
+        answer = LLM(result.output_dir).generate(["the river"], SamplingParams(max_tokens=5, temperature=0))[0]
+        assert set(answer) >= {"text", "token_ids"}
+
+
+def test_a_trainer_names_what_is_missing(docs):
+    with pytest.raises(RecipeError, match=r"missing: dataset_path .*; model_name_or_path .* or train_from_scratch"):
+        Trainer.from_pretrained(TrainingConfig())
+    with pytest.raises(RecipeError, match=r"says train_from_scratch; use Trainer\.from_scratch"):
+        Trainer.from_pretrained(TrainingConfig(train_from_scratch=True, dataset_path=str(docs)))
+    with pytest.raises(RecipeError, match=r"names the pretrained .x.; use Trainer\.from_pretrained"):
+        Trainer.from_scratch(TrainingConfig(model_name_or_path="x", dataset_path=str(docs)))
