@@ -117,8 +117,8 @@ def prepare(
     if not len(packing):
         raise DataError(f"{data.path}: no document has two tokens or more, so there is nothing to learn from")
     events.note(
-        text=f"{store.meta['tokens']:,} tokens; {len(chunks):,} windows of at most {data.max_seq_length} tokens packed into "
-        f"{len(packing):,} sequences, {packing.fill:.1%} full"
+        text=f"{store.meta['tokens']:,} tokens; {len(chunks):,} windows of at most {data.max_seq_length} tokens (half of them "
+        f"at most {int(np.median(chunks.lengths))}) packed into {len(packing):,} sequences, {packing.fill:.1%} full"
     )
     return Corpus(
         tokenizer=tokenizer,

@@ -9,6 +9,7 @@ from typing import Any
 from attrs import asdict, evolve
 
 from nanovllm_core.budget import memory_of
+from nanovllm_core.errors import TrainingError
 from nanovllm_core.plan import Plan
 
 
@@ -44,6 +45,31 @@ def estimate_data(plan: Plan) -> dict[str, Any]:
     return {**asdict(plan.memory), "total": plan.memory.total, "free": plan.machine.memory}
 
 
+def out_of_memory(plan: Plan, error: BaseException) -> TrainingError | None:
+    """What to tell of an error that says that memory ran out, and what needs less; None for any other error."""
+    text = str(error)
+    if type(error).__name__ != "OutOfMemoryError" and not any(mark in text for mark in ALLOCATORS):
+        return None
+    train, data = plan.recipe.train, plan.recipe.data
+    rows, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    cures = []
+    if rows > 1:
+        cures.append(
+            f"train.per_device_train_batch_size: {rows // 2} with train.gradient_accumulation_steps: {2 * steps}, which keeps "
+            "the step"
+        )
+    if not train.gradient_checkpointing:
+        cures.append("train.gradient_checkpointing: true")
+    cures.append(f"a lower data.max_seq_length (now {data.max_seq_length})")
+    cures.append("parallel: fsdp on more devices" if plan.model.layout.tensor == 1 else "more devices")
+    return TrainingError(
+        f"out of memory on {plan.machine.device}: the estimate was {size_text(plan.memory.total)}, "
+        f"{size_text(plan.machine.memory)} were free when the run began. In this order: {'; '.join(cures)}. "
+        f"`nanovllm estimate` says what each would need. (torch: {' '.join(text.split())[:200]})"
+    )
+
+
+ALLOCATORS = ("can't allocate memory", "CUDA out of memory")  # what torch says of a CPU's and a GPU's memory
 MOMENTS = MappingProxyType(
     {
         "loss": "at the loss, before the backward",

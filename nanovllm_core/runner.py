@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from nanovllm_core.hooks import bind
 from nanovllm_core.hookspecs import Callbacks, hookimpl
 from nanovllm_core.job import Job, asked_length, say_finished
 from nanovllm_core.lock import ELSEWHERE, contents, drift, identity, lock_of, read_lock
+from nanovllm_core.memory_table import out_of_memory
 from nanovllm_core.output import TOKENS, Claim, claimed, finished, locked_by, settle, tidy, write_lock
 from nanovllm_core.plan import Plan, refuse_unordered
 from nanovllm_core.training.checkpoint import State, read_state
@@ -54,6 +55,17 @@ def goes_on(folder: Path) -> str:
     if latest is None:
         return "begins anew: no checkpoint was saved yet (a vocabulary and tokens that are complete are kept)"
     return f"goes on from {latest}"
+
+
+@contextmanager
+def explained(plan: Plan) -> Iterator[None]:
+    """Memory that runs out within is told with what needs less. Raises TrainingError then."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:  # torch's OutOfMemoryError is one
+        if told := out_of_memory(plan, e):
+            raise told from e
+        raise
 
 
 class _Run:
@@ -98,7 +110,7 @@ class _Run:
                 if world.first:
                     world.tell("tokens", True)
                 state = self.state_of(found)
-                with world.connected(plan.machine.device) as at:
+                with world.connected(plan.machine.device) as at, explained(plan):
                     Job(plan, corpus, who, self.events, self.stop, world, at).run(state)
             if world.first:
                 tidy(self.folder)

@@ -55,16 +55,17 @@ def test_light_commands_bring_no_heavy_library(code):
 
 
 def test_public_names_load():
-    import nanovllm
+    import nanovllm.training
     import nanovllm_core
 
     assert nanovllm_core.__all__ == [
         "LLM", "Document", "Machine", "NanoError", "Plan", "Recipe", "Record", "Registry", "SamplingParams", "Source",
         "analyze_document_collection", "estimate_training_memory", "hookimpl", "make_plan", "run",
     ]  # fmt: skip
-    assert nanovllm.__all__ == ["LLM", "SamplingParams"]
-    for name in nanovllm_core.__all__:
-        assert getattr(nanovllm_core, name)
+    assert nanovllm.__all__ == ["LLM", "SamplingParams", "Trainer", "TrainingConfig"]
+    for package in (nanovllm_core, nanovllm, nanovllm.training):
+        for name in package.__all__:
+            assert getattr(package, name)
     with pytest.raises(AttributeError):
         nanovllm_core.absent  # noqa: B018
 

@@ -54,6 +54,14 @@ def test_a_name_that_is_nowhere_says_how_to_get_it(cache):
     assert "hf download some-team/absent" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("1.8B", "Qwen/Qwen3-1.7B and Qwen/Qwen3-4B"), ("7B", "Qwen/Qwen3-8B and Qwen/Qwen3-4B")]
+)
+def test_a_size_that_a_family_does_not_have_names_the_nearest(cache, name, nearest):
+    done = resolved(cache, f"Qwen/Qwen3-{name}")
+    assert f"its family has no such size, the nearest are {nearest}. Fetch it" in done.stderr
+
+
 def test_a_cached_model_without_weights_is_not_taken_for_whole(cache):
     assert "holds no safetensors weights" in resolved(cache, NAME).stderr
 

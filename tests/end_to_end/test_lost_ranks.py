@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-LONG = ("train.max_steps=40", "train.save_steps=10", "train.eval_steps=1000")
+LONG = ("train.max_steps=24", "train.save_steps=6", "train.eval_steps=1000")
 ENDLESS = ("train.max_steps=100000", "train.save_steps=100000", "train.eval_steps=100000")
 IN_TIME = 35  # seconds: 10 after the timeout and what a slow machine adds; torchrun's own patience would be 300
 
@@ -18,7 +18,7 @@ IN_TIME = 35  # seconds: 10 after the timeout and what a slow machine adds; torc
 def test_a_rank_that_dies_or_hangs_ends_the_others_and_the_run_goes_on(several, how):
     assert several.run(*LONG, "output_dir=whole").returncode == 0
     process = several.start(*LONG)
-    several.under_way(process, 12)
+    several.under_way(process, 8)
     began = time.monotonic()
     os.kill(several.ranks()[1], how)
     _, err = process.communicate(timeout=120)
@@ -49,12 +49,12 @@ def test_a_rank_that_is_frozen_before_training_ends_the_others(several, rank):
 
 def test_restarts_go_on_by_themselves(several):
     process = several.start(*LONG, extra=("--max-restarts", "1"))
-    several.under_way(process, 12)
+    several.under_way(process, 8)
     os.kill(several.ranks()[random.Random(3).randrange(2)], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "starting the 2 processes again, 1 of 1" in err
-    assert sorted(several.losses()) == list(range(1, 41))
+    assert sorted(several.losses()) == list(range(1, 25))
 
 
 def test_nodes_that_count_restarts_differently_go_on_together(several, port):
@@ -67,13 +67,13 @@ def test_nodes_that_count_restarts_differently_go_on_together(several, port):
         )
         for _ in range(2)
     ]  # fmt: skip
-    several.under_way(agents[0], 12)
+    several.under_way(agents[0], 8)
     there = several.ranks()
     os.kill(there[0], signal.SIGSTOP)  # its node restarts because the other does, which does not count there
     os.kill(there[1], signal.SIGKILL)
     said = [agent.communicate(timeout=180) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
-    assert sorted(several.losses()) == list(range(1, 41))
+    assert sorted(several.losses()) == list(range(1, 25))
 
 
 def test_a_launcher_that_is_killed_leaves_no_rank_behind(several):

@@ -52,7 +52,7 @@ PRELUDE = {  # what a block may leave free -> (what that needs, how it is define
     "config": (("TrainingConfig",), "config = TrainingConfig()"),
 }  # fmt: skip
 NEEDED = {"MultiDocumentDataset": {"data_path": "'./documents'", "tokenizer": "tokenizer"}}  # arguments of a call
-CONFIG = {"model_name_or_path": "Qwen/Qwen3-0.6B", "dataset_path": "./documents", "max_seq_length": 256}
+CONFIG = {"model_name_or_path": "Qwen/Qwen3-0.6B", "dataset_path": "./documents", "max_seq_length": 512}
 
 
 def blocks() -> list[dict[str, Any]]:
