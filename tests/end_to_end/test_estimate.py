@@ -32,11 +32,9 @@ def test_memory_that_runs_out_is_told_with_what_needs_less(folder):
     import resource
 
     sets = (
-        "model.size=small",
-        "data.max_seq_length=512",
-        "train.per_device_train_batch_size=64",
-        "train.eval_steps=100",
-    )
+        "data.max_seq_length=512", "data.eval_fraction=0", "train.per_device_train_batch_size=256",
+        "train.gradient_accumulation_steps=2",
+    )  # fmt: skip
     words = [w for s in sets for w in ("--set", s)]
     for i in range(8):
         (folder / "docs" / f"{i}.txt").write_text(f"{i} " + "the river runs by the old stone mill. " * 1500)
