@@ -79,8 +79,7 @@ def _run(argv: Sequence[str] | None) -> int:
         args = argparse.Namespace(version=False, command=do.train, prog="nanovllm train")
     else:
         args = parser.parse_args(words)
-        args.name = next(iter(words), "")
-    args.again = words[1:]  # for processes that this one starts
+    args.again = words  # for processes that this one starts
     if args.version:
         import nanovllm_core
 

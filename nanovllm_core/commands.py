@@ -58,7 +58,7 @@ def train(args: argparse.Namespace) -> int:
     from nanovllm_core.guide.flags import config_of, parsed
     from nanovllm_core.guide.keys import complete, of_one_road, recipe_of
 
-    args = argparse.Namespace(**{**vars(parsed(args.again, args.prog)), "again": args.again, "name": "train"})
+    args = argparse.Namespace(**{**vars(parsed(args.again[1:], args.prog)), "again": args.again})
     config = config_of(args)
     recipe = recipe_of(config, Path.cwd())
     of_one_road(config)
@@ -88,7 +88,7 @@ def _ranks(
     if args.nproc is not None and "WORLD_SIZE" not in os.environ:
         from nanovllm_core.launch import launch
 
-        return launch([args.name, *args.again], args.nproc, args.max_restarts)
+        return launch(args.again, args.nproc, args.max_restarts)
     from nanovllm_core.training.world import AGAIN, World
 
     world = World.join()

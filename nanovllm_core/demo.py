@@ -38,7 +38,7 @@ model:
   size: tiny                 # tiny, small, medium or large
 
 train:
-  num_train_epochs: 4        # how often every document is seen
+  num_train_epochs: 3        # how often every document is seen
   learning_rate: 1.0e-3      # from scratch about 1e-3, fine-tuning about 5e-5
   warmup_steps: 20
   per_device_train_batch_size: 4

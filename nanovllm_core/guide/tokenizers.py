@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from nanovllm_core.contracts import Decision, Tokenizer
+from nanovllm_core.contracts import Tokenizer
 from nanovllm_core.data.encode import GROUP
 from nanovllm_core.errors import ModelError
-from nanovllm_core.hooks import bind, bound
+from nanovllm_core.hooks import bind
 from nanovllm_core.hookspecs import Tokenizers
 from nanovllm_core.plan_data import DataPlan, plan_data
 from nanovllm_core.recipe import Component, Recipe
@@ -76,9 +76,8 @@ class CustomTokenizer:
     def build_vocab_from_documents(self, path: str | Path) -> dict[str, Any]:
         """Make the vocabulary from the documents under `path`; its figures (`vocab_stats`). Raises DataError."""
         documents = documents_of(path).documents
-        size = bound(Tokenizers, self._component).vocab_size(data_bytes=documents.bytes)
-        assert isinstance(size, Decision)
-        self._ready = self._component.make(texts=lambda: documents.texts(), vocab_size=size.value, kept=None)
+        size = self._component.vocab_size(data_bytes=documents.bytes).value
+        self._ready = self._component.make(texts=lambda: documents.texts(), vocab_size=size, kept=None)
         return vocab_stats(self._ready, documents.texts)
 
     @property

@@ -78,13 +78,11 @@ def finished(folder):
 @pytest.mark.parametrize(
     ("event", "goes_on"),
     [
-        ("hashing the documents", "begins anew"),
         ("reading", "begins anew"),
         ("building the vocabulary", "begins anew"),
         ("tokenising", "begins anew"),
         ("evaluated 0", "begins anew"),
         ("step 3", "goes on from checkpoint-3"),
-        ("step 5", "goes on from checkpoint-5"),
         ("saving", "goes on from checkpoint-"),
     ],
 )

@@ -1,6 +1,6 @@
 """Every fenced block of the user's guide, run as a user would, each in a folder prepared for it.
 
-    python tests/guide/blocks.py [NUMBER ...] [--list] [--out FILE]
+    python tests/guide/blocks.py [NUMBER ...] [--list] [--out FILE]      a FILE that is there keeps its other blocks
 
 The folder has a Hugging Face cache with a small model under the names that the guide uses, small documents under the paths
 it uses, and `train.py`. Names that a Python block leaves free are defined before it (`PRELUDE`); arguments and keys that it
@@ -291,6 +291,10 @@ def main() -> int:
             )
             if "output" in row:
                 print(row["output"], flush=True)
+    if args.out and args.out.exists():
+        new = {row["number"] for row in rows}
+        rows += [row for row in json.loads(args.out.read_text())["blocks"] if row["number"] not in new]
+        rows.sort(key=lambda row: row["number"])
     ran, able = (sum(row["outcome"] in kinds for row in rows) for kinds in (("ran",), ("ran", "failed")))
     print(f"{ran} of {able} run; {len(rows) - able} have nothing to run; {len(rows)} in all")
     if args.out:

@@ -84,6 +84,21 @@ def test_a_new_model_and_its_figures(docs, made):
     assert any(tokenizer.decode([i]) == text and ids.count(i) == count for i in set(ids))
 
 
+@pytest.mark.parametrize("size", [None, 320])
+def test_a_vocabulary_of_ones_own(docs, made, tmp_path, size):
+    tokenizer = CustomTokenizer(size)
+    stats = tokenizer.build_vocab_from_documents(docs)
+    assert tokenizer.vocab_size == stats["vocab_size"] == (size or 512)
+    text = (docs / "0.txt").read_text()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(
+        text
+    )
+    if size:
+        assert stats["coverage"] >= made[2]["vocab_stats"]["coverage"]  # of 300 ids
+
+
 def test_the_call_is_that_of_transformers(made, folder, batch):
     model, theirs = made[0].eval(), AutoModelForCausalLM.from_pretrained(folder).eval()
     assert dict(theirs.named_parameters()).keys() == dict(model.named_parameters()).keys()

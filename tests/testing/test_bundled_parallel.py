@@ -14,12 +14,12 @@ class TestSingle(ParallelContract):
 
 class TestDdp(ParallelContract):
     component = Ddp()
-    worlds = (2, 3)
+    worlds = (3,)
 
 
 class TestFsdp(ParallelContract):
     component = Fsdp()
-    worlds = (2, 3)
+    worlds = (2,)
 
 
 class TestReplicasOfShards(ParallelContract):
