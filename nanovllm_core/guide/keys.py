@@ -7,7 +7,6 @@ begins with `_` is a comment.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -49,9 +48,7 @@ MEANT: Mapping[str, Meaning] = MappingProxyType({
 })  # fmt: skip
 
 
-@cache
-def table() -> Mapping[str, Meaning]:
-    """Every key, the recipe's own among them."""
+def _all() -> Mapping[str, Meaning]:
     found = dict(MEANT)
     for section, cls in (("data", Data), ("train", Train)):
         docs = {option.name: option.doc for option in describe(cls)}
@@ -59,6 +56,14 @@ def table() -> Mapping[str, Meaning]:
             if a.name not in TAKEN:
                 found[a.name] = Meaning(f"{section}.{a.name}", kind, default_of(cls, a), docs[a.name])
     return MappingProxyType(found)
+
+
+ALL = _all()
+
+
+def table() -> Mapping[str, Meaning]:
+    """Every key, the recipe's own among them."""
+    return ALL
 
 
 def config_text(path: Path | str) -> Text:
