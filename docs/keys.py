@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from nanovllm_core.guide.keys import table
+from nanovllm_core.guide.keys import TABLE
 from nanovllm_core.options import type_text
 
 PAGE = Path(__file__).with_name("guide.md")
@@ -16,7 +16,7 @@ BEGIN, END = "<!-- keys: written by docs/keys.py -->", "<!-- end of keys -->"
 def rendered() -> str:
     """The part of the page between the marks."""
     lines = ["| key | in a recipe | type | default | |", "| --- | --- | --- | --- | --- |"]
-    for key, meaning in table().items():
+    for key, meaning in TABLE.items():
         default = json.dumps(meaning.default, ensure_ascii=False)
         kind = type_text(meaning.type).replace("|", "\\|")
         lines.append(f"| `{key}` | `{meaning.recipe}` | {kind} | `{default}` | {meaning.help} |")

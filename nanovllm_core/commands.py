@@ -61,8 +61,8 @@ def train(args: argparse.Namespace) -> int:
     args = argparse.Namespace(**{**vars(parsed(args.again[1:], args.prog)), "again": args.again})
     config = config_of(args)
     recipe = recipe_of(config, Path.cwd())
-    of_one_road(config)
     if args.print_recipe:
+        of_one_road(config)
         print(recipe.to_yaml(), end="")
         return 0
     complete(config)

@@ -106,7 +106,7 @@ def make_plan(recipe: Recipe, registry: Registry, machine: Machine | Callable[[]
         callbacks=callbacks,
         memory=memory_of(recipe, machine, model.shape, model.dtype, model.frozen, model.layout),
         output_dir=output_dir,
-        chunk_overlap=_overlap(recipe),
+        chunk_overlap=overlap_of(recipe.data.chunk_overlap, length),
         sequences_per_step=step,
     )
 
@@ -155,8 +155,8 @@ def _step(recipe: Recipe, model: ModelPlan) -> Decision:
     return Decision(whole, f"{told} {train.gradient_accumulation_steps} x {replicas} data ranks")
 
 
-def _overlap(recipe: Recipe) -> Decision:
-    given, length = recipe.data.chunk_overlap, recipe.data.max_seq_length
+def overlap_of(given: int | None, length: int) -> Decision:
+    """Tokens that a chunk of at most `length` repeats from the one before."""
     if given is not None:
         return Decision(given, "the recipe says so")
     if length // 4 < 128:

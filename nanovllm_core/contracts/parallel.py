@@ -21,9 +21,7 @@ class Layout:
     shard: int = 1
     tensor: int = 1
     ordered: bool = False  # gradients are summed in one order, whatever the number of ranks
-    reshard: bool = (
-        True  # with shards: a block's parameters are put away after its forward and gathered again for its backward
-    )
+    reshard: bool = True  # a block's shards, gathered for its forward, are put away until its backward
 
 
 @frozen(kw_only=True)

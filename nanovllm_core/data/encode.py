@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from attrs import evolve, frozen
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from nanovllm_core.contracts import Document, Segment, Tokenizer
 from nanovllm_core.errors import DataError, NanoError
 
+T = TypeVar("T")
 RULES = 2  # raised whenever the same document and tokenizer would give other ids or marks
 GROUP = 1_000_000  # characters given to the tokenizer at once
 LONG = 100_000  # characters; longer texts are cut
@@ -194,7 +196,7 @@ class Encoder:
         result: list[Ids] = [_ids(())] * len(pieces)
         for markup in (False, True):
             chosen = [i for i, piece in enumerate(pieces) if piece[1] == markup]
-            for group in _groups(chosen, lambda i: len(pieces[i][0])):
+            for group in groups(chosen, lambda i: len(pieces[i][0])):
                 encoded = self.tokenizer.encode([pieces[i][0] for i in group], markup=markup)
                 for i, ids in zip(group, encoded, strict=True):
                     result[i] = _ids(ids)
@@ -245,8 +247,9 @@ def _bytes_of(tokenizer: Tokenizer, token: int) -> int:
     return len(text.replace("\ufffd", "?").encode("utf-8"))
 
 
-def _groups(items: Sequence[int], size: Callable[[int], int]) -> Iterator[list[int]]:
-    group: list[int] = []
+def groups(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items, as many at a time as the tokenizer is given at once; `size` of an item in characters."""
+    group: list[T] = []
     total = 0
     for item in items:
         group.append(item)

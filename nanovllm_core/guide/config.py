@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm_core.errors import RecipeError
-from nanovllm_core.guide.keys import config_text, recipe_of, table
+from nanovllm_core.guide.keys import TABLE, config_text, recipe_of
 from nanovllm_core.recipe import Recipe
 from nanovllm_core.yamltext import Text
 
@@ -34,7 +34,7 @@ class TrainingConfig:
     @staticmethod
     def keys() -> dict[str, str]:
         """Every key -> the recipe's key that it means."""
-        return {key: meaning.recipe for key, meaning in table().items()}
+        return {key: meaning.recipe for key, meaning in TABLE.items()}
 
     def recipe(self) -> Recipe:
         """The recipe that this means; relative paths count from the working folder."""
@@ -46,7 +46,7 @@ class TrainingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All keys with their values."""
-        return {key: self._given.get(key, meaning.default) for key, meaning in table().items()}
+        return {key: self._given.get(key, meaning.default) for key, meaning in TABLE.items()}
 
     def to_json(self, path: Path | str) -> None:
         """Write what was given as JSON."""
@@ -62,9 +62,9 @@ class TrainingConfig:
         return TrainingConfig(**{**self._given, **keys})
 
     def __getattr__(self, key: str) -> Any:
-        if key.startswith("_") or key not in table():
+        if key.startswith("_") or key not in TABLE:
             raise AttributeError(f"TrainingConfig has no {key!r}")
-        return self._given.get(key, table()[key].default)
+        return self._given.get(key, TABLE[key].default)
 
     def __setattr__(self, key: str, value: Any) -> None:
         before = self._given
@@ -76,7 +76,7 @@ class TrainingConfig:
             raise
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *table()})
+        return sorted({*super().__dir__(), *TABLE})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TrainingConfig) and self.to_dict() == other.to_dict()

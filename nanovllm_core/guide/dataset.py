@@ -22,9 +22,9 @@ from nanovllm_core.data.split import held_out, kept
 from nanovllm_core.data.store import Store, open_or_build
 from nanovllm_core.errors import DataError
 from nanovllm_core.guide.tokenizers import documents_of, ready
+from nanovllm_core.plan import overlap_of
 from nanovllm_core.recipe import Data
 
-OVERLAP = 128  # or a quarter of the length, if that is less
 DEFAULT = Data()
 
 
@@ -73,7 +73,7 @@ class MultiDocumentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """`stored`, `numbers`: tokens that are there already, and which documents of them (`prepare_datasets`)."""
         if max_length < 3:
             raise DataError(f"MultiDocumentDataset: max_length: got {max_length}, at least 3")
-        overlap = min(OVERLAP, max_length // 4) if chunk_overlap is None else chunk_overlap
+        overlap = overlap_of(chunk_overlap, max_length).value
         if not 0 <= overlap < max_length - 1:
             raise DataError(
                 f"MultiDocumentDataset: chunk_overlap: got {overlap}, allowed: 0 to {max_length - 2}, below max_length"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from nanovllm_core.errors import RecipeError, nearest
-from nanovllm_core.guide.keys import config_text, table
+from nanovllm_core.guide.keys import TABLE, config_text
 from nanovllm_core.options import is_union
 from nanovllm_core.yamltext import Place, Text, parse
 
@@ -38,7 +38,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--max-restarts", type=int, default=0, metavar="N", help="with --nproc: start again when one dies"
     )
     keys = made.add_argument_group("keys")
-    for key, meaning in table().items():
+    for key, meaning in TABLE.items():
         default = meaning.default
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if meaning.type is bool else {}
         said = json.dumps(default, ensure_ascii=False)
@@ -56,7 +56,7 @@ def config_of(args: argparse.Namespace) -> Text:
     """The configuration of file and flags together. Raises RecipeError."""
     text = config_text(args.config) if args.config is not None else Text({}, "nanovllm train")
     data, places, keys = dict(text.data), dict(text.places), dict(text.keys)
-    for key, meaning in table().items():
+    for key, meaning in TABLE.items():
         given = getattr(args, key)
         if given is None:
             continue

@@ -58,12 +58,8 @@ def _all() -> Mapping[str, Meaning]:
     return MappingProxyType(found)
 
 
-ALL = _all()
-
-
-def table() -> Mapping[str, Meaning]:
-    """Every key, the recipe's own among them."""
-    return ALL
+TABLE = _all()
+"""Every key, the recipe's own among them."""
 
 
 def config_text(path: Path | str) -> Text:
@@ -81,7 +77,7 @@ def recipe_of(text: Text, base: Path) -> Recipe:
 
     What is missing (documents, a model) is met by whoever makes a plan of it.
     """
-    flat, known = dict(text.data), table()
+    flat, known = dict(text.data), TABLE
     problems = [
         f"{text.key_place((key,))}: unknown key {key!r}{nearest(str(key), known)}; `nanovllm train --help` lists all"
         for key in flat

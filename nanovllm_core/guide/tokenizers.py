@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanovllm_core.contracts import Tokenizer
-from nanovllm_core.data.encode import GROUP
+from nanovllm_core.data.encode import groups
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hooks import bind
 from nanovllm_core.hookspecs import Tokenizers
@@ -118,7 +118,7 @@ def vocab_stats(tokenizer: Tokenizer, texts: Callable[[], Iterable[str]]) -> dic
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     whole: dict[str, bool] = {}
     words = single = 0
-    for group in _groups(texts()):
+    for group in groups(texts(), len):
         for ids in tokenizer.encode(group):
             counts += np.bincount(np.asarray(ids, np.int64), minlength=len(counts))
         found = Counter(word for text in group for word in text.split())
@@ -139,17 +139,3 @@ def vocab_stats(tokenizer: Tokenizer, texts: Callable[[], Iterable[str]]) -> dic
         "total_tokens": int(counts.sum()),
         "total_words": words,
     }
-
-
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts, some at a time."""
-    group: list[str] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text)
-        if size >= GROUP:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 
 from nanovllm_core.errors import RecipeError
 from nanovllm_core.guide.config import TrainingConfig
@@ -68,23 +68,19 @@ class Trainer:
         return Result(folder, figures.step, figures.metrics)
 
 
-@frozen(eq=False)
+@define(eq=False)
 class _Figures:
     """Keeps the newest figures of a run."""
 
     metrics: dict[str, float] = field(factory=dict)
-    steps: list[int] = field(factory=list)
-
-    @property
-    def step(self) -> int:
-        return max(self.steps, default=0)
+    step: int = 0
 
     @hookimpl
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.steps[:] = [step]
+        self.step = step
         self.metrics.update(metrics)
 
     @hookimpl
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.steps[:] = [step]
+        self.step = step
         self.metrics.update(metrics)

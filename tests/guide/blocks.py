@@ -168,13 +168,10 @@ def command(block: dict[str, Any], folder: Path) -> tuple[list[str], list[str]]:
             if f"mkdir {name}" in kept:
                 shutil.rmtree(folder / name)
         flags = [line for line in kept.splitlines() if line.startswith("--")]
-        for name, more in (
-            ("config.json", {}),
-            ("finetune_config.json", {}),
-            ("scratch_config.json", {"model_name_or_path": None, "model_size": "tiny"}),
-        ):
+        for name in ("config.json", "finetune_config.json", "scratch_config.json"):
             if name in kept and f"cat > {name}" not in kept:
-                config = {**CONFIG, **more}
+                scratch = {"model_name_or_path": None, "model_size": "tiny"} if name.startswith("scratch") else {}
+                config = {**CONFIG, **scratch}
                 (folder / name).write_text(json.dumps(config))
                 added.append(f"{name}: {config}")
         if flags:
@@ -189,11 +186,8 @@ def command(block: dict[str, Any], folder: Path) -> tuple[list[str], list[str]]:
         (folder / "given" / f"data.{language}").write_text(source)
         return [sys.executable, "-m", "nanovllm_core.cli", "analyze", "given"], ["read by `nanovllm analyze`"]
     given = json.loads(source)
-    missing = {
-        k: v
-        for k, v in CONFIG.items()
-        if k not in given and not (k.startswith("model") and given.get("train_from_scratch"))
-    }
+    own = {"model_name_or_path"} if given.get("train_from_scratch") else set()
+    missing = {key: value for key, value in CONFIG.items() if key not in given and key not in own}
     (folder / "config.json").write_text(json.dumps({**missing, **given}))
     if missing:
         added.append(f"keys: {missing}")
@@ -299,13 +293,8 @@ def main() -> int:
     print(f"{ran} of {able} run; {len(rows) - able} have nothing to run; {len(rows)} in all")
     if args.out:
         told = {
-            "benchmark": "guide",
-            "date": date.today().isoformat(),
-            "ran": ran,
-            "able": able,
-            "total": len(rows),
-            "blocks": rows,
-        }
+            "benchmark": "guide", "date": date.today().isoformat(), "ran": ran, "able": able, "total": len(rows), "blocks": rows,
+        }  # fmt: skip
         args.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return int(ran < able)
 

@@ -12,7 +12,7 @@ import pytest
 from nanovllm import TrainingConfig
 from nanovllm_core.cli import main
 from nanovllm_core.errors import RecipeError
-from nanovllm_core.guide.keys import MEANT, config_text, recipe_of, table
+from nanovllm_core.guide.keys import MEANT, TABLE, config_text, recipe_of
 
 HERE, REPOSITORY = Path(__file__).parent, Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
@@ -60,7 +60,7 @@ def test_every_key_and_flag_of_the_guide_is_one():
     )
     configs = [c for b in blocks.blocks() for c in re.findall(r"TrainingConfig\((.*?)^\)", b["text"], re.S | re.M)]
     given = set(re.findall(r"^\s+(\w+)=", "\n".join(configs), re.M))
-    assert (flags | named | given) - {"text"} <= table().keys()
+    assert (flags | named | given) - {"text"} <= TABLE.keys()
     assert given >= {
         "model_name_or_path",
         "train_from_scratch",
@@ -82,7 +82,7 @@ def test_shipped_configurations_are_recipes(path):
     plain = recipe.to_data()
     assert given
     for key, value in given.items():
-        section, _, name = table()[key].recipe.partition(".")
+        section, _, name = TABLE[key].recipe.partition(".")
         assert plain[section][name] == value
 
 
