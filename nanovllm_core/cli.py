@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from nanovllm_core import commands as do
 from nanovllm_core.errors import NanoError
+from nanovllm_core.launch import add_flags, add_nproc
 
 START = """\
 start here:
@@ -163,15 +164,8 @@ def _parser() -> argparse.ArgumentParser:
             metavar="FILE",
             help="refuse to go on if anything that changes the result differs from this plan.lock.json of an earlier run",
         )
-        sub.add_argument(
-            "--nproc", metavar="N", help="train in N processes of this machine, or `gpu`: one on each of its GPUs"
-        )
+        (add_flags if sub is run else add_nproc)(sub)
         sub.set_defaults(command=command)
-
-    run.add_argument(
-        "--max-restarts", type=int, default=0, metavar="N", help="with --nproc: start again from the newest checkpoint when a "
-        "process dies or hangs, at most so often (default: 0)",
-    )  # fmt: skip
 
     commands.add_parser("train", help="train by a configuration of the guide: a JSON file, flags (`train --help`)")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,9 +84,9 @@ def _ranks(
     args: argparse.Namespace, plan: Callable[[Callable[[], Machine]], Plan], before: Callable[[], None] | None = None
 ) -> int:
     """Run a plan in this process as one of the run's, or start `--nproc` of them; the first does `before`."""
-    if args.nproc is not None and "WORLD_SIZE" not in os.environ:
-        from nanovllm_core.launch import launch
+    from nanovllm_core.launch import launch, wanted
 
+    if wanted(args.nproc, args.max_restarts):
         return launch(args.again, args.nproc, args.max_restarts)
     from nanovllm_core.training.world import AGAIN, World
 

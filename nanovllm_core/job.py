@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from nanovllm_core.training.saver import Saver, room_needed
 from nanovllm_core.training.sharding import full_state
 from nanovllm_core.training.stop import StopRequest
 from nanovllm_core.training.trainer import Settings, Trainer
+from nanovllm_core.training.watch import At
 from nanovllm_core.training.world import Together, World
 from nanovllm_core.weights import ModelFolder
 
@@ -62,7 +62,7 @@ class Job:
         events: Callbacks,
         stop: StopRequest,
         world: World = ALONE,
-        at: Callable[[str], None] = lambda doing: None,
+        at: At = lambda doing, alone=False: None,
     ) -> None:
         self.plan, self.corpus, self.identity, self.events, self.stop = plan, corpus, identity, events, stop
         self.world, self.at = world, at
@@ -97,15 +97,13 @@ class Job:
                 text=f"held-out perplexity: {trainer.before['eval_perplexity']:,.2f} before, "
                 f"{trainer.metrics['eval_perplexity']:,.2f} after"
             )
-        self.at("making the model whole")
+        self.at("making the model whole", alone=self.world.first)  # together, and written by the first rank
         weights = full_state(trainer.model.module)
         if not self.world.first:
-            for _ in weights:  # made whole together, and written by the first rank
+            for _ in weights:
                 pass
-            self.at("")
             return
         files = export(self.folder, weights, self.config, self.corpus.tokenizer, self.shape.dtype)
-        self.at("")
         self.export_best(saver, trainer)
         self.generate(trainer.model.module if self.world.size == 1 else self.reopened())
         mark_finished(self.folder, trainer.step, asked_length(self.plan), files)
@@ -191,6 +189,7 @@ class Job:
                 trainer.run(save, saver.poll)
         except Interrupted:
             self.stop.saving = True
+            self.at(f"saving after step {trainer.step}", alone=True)
             saver.finish()
             trainer.optimizer.zero_grad(set_to_none=True)
             if trainer.step > saver.saved_step:

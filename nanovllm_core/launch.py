@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
 
 from nanovllm_core.errors import RefusedError
 
-USER = 2  # exit code of a rank whose user must change something: starting again would not help
+USER = 2  # exit code of a rank whose user must change something
+STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}  # of one that was told to stop
+LAUNCHER = "NANOVLLM_LAUNCHER"  # in a rank's environment: the process that started it
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """`--nproc` and `--max-restarts` of a command that trains."""
+    add_nproc(parser)
+    parser.add_argument(
+        "--max-restarts", type=_count, default=0, metavar="N",
+        help="with --nproc: start again from the newest checkpoint when a process dies or hangs, at most so often (default: 0)",
+    )  # fmt: skip
+
+
+def add_nproc(parser: argparse.ArgumentParser) -> None:
+    """`--nproc` of a command that plans."""
+    parser.add_argument(
+        "--nproc", metavar="N", help="train in N processes of this machine, or `gpu`: one on each of its GPUs"
+    )
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: a number from 0")
+    return int(text)
+
+
+def wanted(processes: str | None, restarts: int) -> bool:
+    """Whether this process is to start the ranks. Raises RefusedError."""
+    if processes is None:
+        if restarts:
+            raise RefusedError(f"--max-restarts {restarts}: it needs --nproc, which starts the processes")
+        return False
+    if os.environ.get(LAUNCHER) == str(os.getppid()):
+        return False
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise RefusedError(f"--nproc {processes}: torchrun has started the processes already; leave one of the two out")
+    return True
 
 
 def launch(arguments: Sequence[str], processes: str, restarts: int) -> int:
@@ -20,6 +59,7 @@ def launch(arguments: Sequence[str], processes: str, restarts: int) -> int:
     restarts: how often all ranks are started again when one dies or hangs; the run goes on from its newest checkpoint
     """
     count = process_count(processes)
+    os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds: ranks may be saving; else they leave in 9
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # every rank's error is told once, by us
@@ -57,7 +97,8 @@ def _attempt(arguments: Sequence[str], count: int) -> tuple[int, bool]:
             said = f"nanovllm: rank {rank} was ended by {first.signal_name()}; the same command goes on"
             print(said, file=sys.stderr)
         code = first.exitcode if first.exitcode > 0 else 128 - first.exitcode
-        return code, all(failure.exitcode != USER for failure in e.failures.values())
+        told = first.exitcode in STOPPED or any(failure.exitcode == USER for failure in e.failures.values())
+        return code, not told
     except SignalException as e:
         return 128 + int(e.sigval), False
     return 0, False
@@ -71,6 +112,6 @@ def process_count(processes: str) -> int:
         if not torch.cuda.is_available():
             raise RefusedError("--nproc gpu: there is no GPU that torch can use here; give a number")
         return torch.cuda.device_count()
-    if not processes.isdigit() or int(processes) < 1:
+    if not (processes.isascii() and processes.isdecimal()) or int(processes) < 1:
         raise RefusedError(f"--nproc: got {processes!r}, allowed: a number from 1, or gpu")
     return int(processes)

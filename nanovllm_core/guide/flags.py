@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from nanovllm_core.errors import RecipeError, nearest
 from nanovllm_core.guide.keys import TABLE, config_text
+from nanovllm_core.launch import add_flags
 from nanovllm_core.options import is_union
 from nanovllm_core.yamltext import Place, Text, parse
 
@@ -31,12 +32,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--config", metavar="FILE", help="a JSON file of the keys below")
     made.add_argument("--print-recipe", action="store_true", help="print the recipe that this means, and do nothing")
-    made.add_argument(
-        "--nproc", metavar="N", help="train in N processes of this machine, or `gpu`: one on each of its GPUs"
-    )
-    made.add_argument(
-        "--max-restarts", type=int, default=0, metavar="N", help="with --nproc: start again when one dies"
-    )
+    add_flags(made)
     keys = made.add_argument_group("keys")
     for key, meaning in TABLE.items():
         default = meaning.default

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from attrs import asdict, evolve, field, fields, frozen
 
-from nanovllm_core.errors import CheckpointError, OutputError
+from nanovllm_core.errors import CheckpointError, Elsewhere, OutputError
 from nanovllm_core.files import (
     damage,
     described,
@@ -82,7 +82,7 @@ def save(
         for rank in range(1, world.size):
             heard = world.hear(f"{key}/{rank}")
             if "error" in heard:
-                raise OutputError(heard["error"])
+                raise Elsewhere(heard["error"])
             told.update(heard["files"])
             random.append(heard["random"])
             moments += heard["moments"]

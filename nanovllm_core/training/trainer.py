@@ -25,6 +25,7 @@ from nanovllm_core.training.recompute import recompute_blocks
 from nanovllm_core.training.schedule import Schedule
 from nanovllm_core.training.sharding import of_all_ranks
 from nanovllm_core.training.stop import StopRequest
+from nanovllm_core.training.watch import At
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ class Trainer:
         events: Events,
         evaluation: Evaluation | None,
         stop: Stops | None = None,
-        at: Callable[[str], None] = lambda doing: None,
+        at: At = lambda doing, alone=False: None,
     ) -> None:
         self.at = at  # told what begins that other ranks wait for
         self.stop: Stops = stop or StopRequest()
@@ -138,6 +139,7 @@ class Trainer:
             self._is_enough()
         window = _Window()
         while self.step < s.total_steps and not self.best.exhausted(s.patience):
+            self.at(f"step {self.step + 1}")
             self._thaw()
             data = self.steps.step(self.position)
             metrics = self._optimize(data)
@@ -152,7 +154,7 @@ class Trainer:
                 if self._due(self.step):
                     last |= self._is_enough()
                 if last or self.step % s.save_steps == 0 or self.best.step == self.step:
-                    self.at(f"saving after step {self.step}")
+                    self.at(f"saving after step {self.step}", alone=True)
                     save(self)
                 tick()
 
@@ -228,7 +230,6 @@ class Trainer:
         s, model = self.settings, self.model
         learning_rate = s.learning_rate * s.schedule.share(self.step)
         losses = []
-        self.at(f"step {self.step + 1}")
         for i, micro in enumerate(self.stop.checked(data.micro_batches), 1):
             self.at(f"step {self.step + 1}, micro-batch {i}")
             with model.micro_batch(last=i == len(data.micro_batches)):

@@ -2,7 +2,11 @@
 
 In a collective every rank waits for the last. A rank that waits has come as far as that one or further, so of those that
 have not moved for `timeout` seconds the ones that are least far hold up the others; one that no longer even says so is gone
-or frozen. Told through the ranks' store, in a thread of its own: the main thread may be the one that hangs.
+or frozen. What a rank does alone, as writing to a disk, takes as long as it takes while the rank still speaks.
+
+Two threads, since the main one may be what hangs: one speaks through the ranks' store and looks at the others, one counts
+the time and notices that the store no longer answers. Time in which this process did not run does not count: ranks that
+were suspended together go on together.
 """
 
 from __future__ import annotations
@@ -14,15 +18,24 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from attrs import define, field, frozen
 
 BEAT = 0.5  # seconds between two words of a rank
 SILENT = 4.0  # seconds without a word after which a rank is gone or frozen
-
+BREATH = 2.0  # seconds that count at most between two beats: in the rest this process did not run
 
 SILENCE = "says nothing any more"
+GONE = "the store that the ranks share is gone: the process that keeps it (the launcher, or rank 0) has ended"
+MUTE = "the store that the ranks share does not answer: the process that keeps it (the launcher, or rank 0) is stopped"
+ORPHAN = "the launcher that started this rank has ended"
+
+
+class At(Protocol):
+    """Told what this rank begins: something that takes less than the timeout, or, `alone`, what it does without others."""
+
+    def __call__(self, doing: str, alone: bool = False) -> None: ...
 
 
 def said(doing: Mapping[int, str], what: str) -> str:
@@ -31,13 +44,14 @@ def said(doing: Mapping[int, str], what: str) -> str:
 
 
 @frozen
-class Seen:
+class Word:
     """What a rank said last."""
 
-    beat: int
-    moves: int  # how far it has come
-    doing: str
-    process: int
+    beat: int = 0
+    moves: int = 0  # how far it has come
+    doing: str = ""
+    alone: bool = True
+    process: int = 0
 
 
 @define(eq=False)
@@ -45,99 +59,145 @@ class Watch:
     """This rank's word from `start` on, and its eye on the others'.
 
     node: the ranks of this node
-    hung: called from the watching thread with what is wrong when this rank has not moved for `timeout` seconds; what holds
-      up the others has been ended by then, if it is on this node; also when the store is gone, and with it the run
-    lonely: what is wrong then
-    timeout: seconds; of a rank that says nothing, also before the run knows its own
+    launcher: the process that started this rank and ends it, if there is one
+    hung: called from a thread of the watch with what is wrong, and whether the store answers: the run cannot go on, and this
+      ends the process. What holds up the others has been ended by then, if it is on this node
+    timeout: seconds that a rank may hold up the others or say nothing; also before the run knows its own
     """
 
     store: Any
     rank: int
     size: int
     node: range
-    hung: Callable[[str], None]
-    lonely: str
+    launcher: int | None
+    hung: Callable[[str, bool], None]
     timeout: float = 60.0
+    _clock: float = 0.0  # seconds in which this process ran
     _moves: int = 0
     _doing: str = ""
-    _since: float = field(factory=time.monotonic)
-    _heard: dict[int, tuple[Seen, float]] = field(factory=dict)  # rank -> its last word, and when that was new
+    _alone: bool = True
+    _since: float = 0.0  # when it began that
+    _answered: float = 0.0  # when the store last did
+    _heard: dict[int, tuple[Word, float]] = field(factory=dict)  # rank -> its last word, and when that was new
     _over: threading.Event = field(factory=threading.Event)
 
     def start(self) -> None:
         """Say a word twice a second from now on, for as long as the process lives or until `stop`."""
+        self.store = self.store.clone()  # what another thread waits for must not hold up a word
+        threading.Thread(target=self._count, name="watch-time", daemon=True).start()
         self._say(0)  # now: what freezes at once must be known to others, with its process
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        threading.Thread(target=self._talk, name="watch", daemon=True).start()
 
     def stop(self) -> None:
         self._over.set()
 
-    def at(self, doing: str) -> None:
-        """This rank begins something that takes less than `timeout` seconds; an empty text: nothing that others wait for."""
-        self._moves, self._doing, self._since = self._moves + 1, doing, time.monotonic()
+    def at(self, doing: str, alone: bool = False) -> None:
+        """This rank begins something, see At."""
+        self._moves, self._doing, self._alone, self._since = self._moves + 1, doing, alone, self._clock
 
     def silent(self) -> dict[int, str]:
         """Other ranks that say nothing any more, and what they did last. Takes some seconds."""
-        before = {rank: seen for rank, seen in self._all().items() if rank != self.rank}
-        end = time.monotonic() + SILENT
+        end = time.monotonic() + SILENT + 3 * BEAT
+        gone = self._unheard(self._others(), SILENT)
         while time.monotonic() < end:
             time.sleep(BEAT)
-            now = self._all()
-            before = {rank: seen for rank, seen in before.items() if now.get(rank) == seen}
-        return {rank: seen.doing for rank, seen in before.items()}
+            gone = self._unheard(self._others(), SILENT)
+        return {rank: word.doing for rank, word in gone.items()}
 
-    def frozen(self, ranks: Iterable[int]) -> str:
-        """Who of these has said nothing new for `timeout` seconds, of calls of this; they are ended. Empty for none."""
-        gone, now, seen = {}, time.monotonic(), self._all()
-        for rank in ranks:
-            word = seen.get(rank, Seen(0, 0, "", 0))
-            before, since = self._heard.get(rank, (None, now))
-            self._heard[rank] = (word, since if word == before else now)
-            if word == before and now - since > self.timeout:
-                gone[rank] = word.doing
-                self._end(rank, word)
-        return said(gone, SILENCE)
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
 
-    def _end(self, rank: int, word: Seen) -> None:
-        """On this node: torchrun would wait for it, and SIGTERM does nothing to what is frozen."""
-        if rank in self.node and rank != self.rank and word.process:
-            with suppress(OSError):
-                os.kill(word.process, signal.SIGKILL)
+    # ------------------------------------------------------------ threads
 
-    def _run(self) -> None:
+    def _count(self) -> None:
+        last = time.monotonic()
+        while not self._over.wait(BEAT):
+            now = time.monotonic()
+            self._clock, last = self._clock + min(now - last, BREATH), now
+            if self.launcher is not None and os.getppid() != self.launcher:
+                self.hung(ORPHAN, True)
+            if self._clock - max(self._answered, self._since) > self.timeout + 2 * SILENT:
+                self.hung(MUTE, False)
+
+    def _talk(self) -> None:
         beat = 0
         try:
             while not self._over.wait(BEAT):
                 beat += 1
                 self._say(beat)
-                if self._doing and time.monotonic() - self._since > self.timeout:
-                    self.hung(self._told())
-                    return
+                self._look()
         except RuntimeError:  # the store is gone with the process that kept it
             if not self._over.wait(2 * SILENT):  # the main thread may be telling already
-                self.hung(self.lonely)
+                self.hung(GONE, False)
+
+    def _look(self) -> None:
+        """End the run where it cannot go on: a rank is frozen, or holds this one up."""
+        if gone := self._unheard(self._watched(), self.timeout):
+            self._give_up(gone, SILENCE)
+        moves, waited = self._moves, self._clock - self._since
+        if self._alone or waited < self.timeout:
+            return
+        gone = self._unheard(self._others(), SILENT)
+        if waited < self.timeout + SILENT + 2 * BEAT:
+            return  # not looked for long enough
+        who = gone or self._least_far()
+        at_work = not gone and any(word.alone for word in who.values())
+        if not at_work and moves == self._moves and not self._over.is_set():
+            self._give_up(who, SILENCE if gone else "does not go on")
+
+    def _give_up(self, who: Mapping[int, Word], what: str) -> None:
+        if len(who) == self.size:
+            told = f"no rank has gone on for {self.timeout:g} s: {self._doing}"
+        else:
+            told = (
+                f"{said({rank: word.doing for rank, word in who.items()}, what)}; the others waited {self.timeout:g} s"
+            )
+        for rank, word in who.items():
+            self._end(rank, word)
+        self.hung(f"{told} (train.rank_timeout)", True)
+
+    def _watched(self) -> set[int]:
+        """Whom this rank keeps an eye on: the next of its node, and the first of each node the next node's first."""
+        here = self.node
+        eye = {here[(self.rank - here.start + 1) % len(here)]}
+        if self.rank == here.start:
+            eye.add(here.stop % self.size)
+        return eye - {self.rank}
+
+    def _least_far(self) -> dict[int, Word]:
+        words = {rank: word for rank in range(self.size) if (word := self._word(rank)) is not None}
+        least = min(word.moves for word in words.values())
+        return {rank: word for rank, word in words.items() if word.moves == least}
+
+    # ------------------------------------------------------------ words
 
     def _say(self, beat: int) -> None:
-        self.store.set(f"beat/{self.rank}", json.dumps([beat, self._moves, self._doing, os.getpid()]))
+        word = [beat, self._moves, self._doing, self._alone, os.getpid()]
+        self.store.set(f"beat/{self.rank}", json.dumps(word))
+        self.store.check([f"beat/{self.rank}"])
+        self._answered = self._clock
 
-    def _told(self) -> str:
-        gone, seen = self.silent(), self._all()
-        if gone:
-            who = gone
-            what = SILENCE
-        else:
-            least = min(s.moves for s in seen.values())
-            who = {rank: s.doing for rank, s in seen.items() if s.moves == least}
-            what = "does not go on"
-        if len(who) == self.size:
-            return f"no rank has gone on for {self.timeout:g} s (train.rank_timeout): {self._doing}"
-        for rank in who:
-            self._end(rank, seen[rank])
-        return f"{said(who, what)}; the others waited {self.timeout:g} s (train.rank_timeout)"
+    def _word(self, rank: int) -> Word | None:
+        """What a rank said last; None of one that has left."""
+        if self.store.check([f"left/{rank}"]):
+            return None
+        return Word(*json.loads(self.store.get(key))) if self.store.check([key := f"beat/{rank}"]) else Word()
 
-    def _all(self) -> dict[int, Seen]:
-        found = {}
-        for rank in range(self.size):
-            if self.store.check([f"beat/{rank}"]):
-                found[rank] = Seen(*json.loads(self.store.get(f"beat/{rank}")))
-        return found
+    def _unheard(self, ranks: Iterable[int], seconds: float) -> dict[int, Word]:
+        """Those of whom these calls have heard nothing new for so long."""
+        gone, now = {}, self._clock
+        for rank in ranks:
+            word = self._word(rank)
+            if word is None:
+                continue
+            before, since = self._heard.get(rank, (None, now))
+            self._heard[rank] = (word, since if word == before else now)
+            if word == before and now - since > seconds:
+                gone[rank] = word
+        return gone
+
+    def _end(self, rank: int, word: Word) -> None:
+        """On this node: torchrun would wait for it, and SIGTERM does nothing to what is frozen."""
+        if rank in self.node and rank != self.rank and word.process:
+            with suppress(OSError):
+                os.kill(word.process, signal.SIGKILL)

@@ -23,13 +23,13 @@ from attrs import field, frozen
 from nanovllm_core.contracts import Layout
 from nanovllm_core.errors import Elsewhere, Interrupted, NanoError, TrainingError, reason
 from nanovllm_core.training.meeting import LOOK, meet
-from nanovllm_core.training.watch import Watch, said
+from nanovllm_core.training.watch import GONE, At, Watch, said
 
 T = TypeVar("T")
 FAILED = "failed"
 PATIENCE = 30.0  # seconds that torch waits longer than we do: it would end the process without a word
+QUIET = 10.0  # seconds of waiting for them without a word
 MEETING = 600.0  # seconds in which all ranks must have come
-GONE = "the store that the ranks share is gone: the process that keeps it (the launcher, or rank 0) has ended"
 AGAIN = 75  # exit code of a rank that ends because another died or hangs: nothing is wrong with the recipe
 
 
@@ -53,9 +53,11 @@ class World:
         told = os.environ.get("WORLD_SIZE", "1")
         if told == "1":
             return cls()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of a store that is gone: we tell that
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
+        waiting = _told_later(told)
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=MEETING)))
             local, count = (
@@ -69,7 +71,11 @@ class World:
                 f"WORLD_SIZE is {told}, and the other ranks cannot be reached ({reason(e)}); start through torchrun or with "
                 "--nproc, or unset WORLD_SIZE"
             ) from e
-        watch = Watch(store, rank, size, range(rank - local, rank - local + count), hung=lambda told: None, lonely=GONE)
+        finally:
+            waiting.cancel()
+        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        node = range(rank - local, rank - local + count)
+        watch = Watch(store, rank, size, node, launcher, hung=lambda told, answers: None)
         world = cls(rank, size, local, count, store, watch)
         watch.hung = world._hung
         watch.start()
@@ -90,13 +96,9 @@ class World:
     def hear(self, key: str) -> Any:
         """The message told under `key`, once it is there. Raises Elsewhere when a rank failed meanwhile."""
         try:
-            looked = time.monotonic()
             while not self._store.check([key]):
                 self._hear_failure()
                 time.sleep(LOOK)
-                if time.monotonic() - looked > 1:
-                    looked = time.monotonic()
-                    self._look()
             return json.loads(self._store.get(key))
         except RuntimeError as e:  # of torch.distributed
             raise Elsewhere(GONE, lost=True) from e
@@ -105,15 +107,6 @@ class World:
         """Raise Elsewhere where a rank has failed."""
         if self._store.check([FAILED]):
             raise Elsewhere(**json.loads(self._store.get(FAILED)))
-
-    def _look(self) -> None:
-        """Raise Elsewhere where a rank that is waited for is frozen. Each waits for the first, the first for all."""
-        assert self._watch is not None
-        others = range(1, self.size) if self.first else (0,)
-        if told := self._watch.frozen(others):
-            error = Elsewhere(told, lost=True)
-            self.fail(error)
-            raise error
 
     def be_patient(self, seconds: float) -> None:
         """How long a rank may hold up the others."""
@@ -165,24 +158,24 @@ class World:
 
     def leave(self) -> None:
         """The run is over here. The first rank waits for the others: without torchrun it keeps the store."""
-        if self._watch is not None:
-            self._watch.stop()
         self.tell(f"left/{self.rank}", True)
         if self.first:
             for rank in range(1, self.size):
                 self.hear(f"left/{rank}")
+        if self._watch is not None:
+            self._watch.stop()
 
     # ------------------------------------------------------------ collectives
 
     @contextmanager
-    def connected(self, device: str) -> Iterator[Callable[[str], None]]:
+    def connected(self, device: str) -> Iterator[At]:
         """Within, torch's process group exists: gloo for CPU tensors, NCCL for those of GPUs.
 
         Gives what each rank must call before anything that others wait for. A rank that is stuck there for long
         (`be_patient`) ends this process; what went wrong because a rank died is raised as Elsewhere.
         """
         if self.size == 1:
-            yield lambda doing: None
+            yield lambda doing, alone=False: None
             return
         import torch
         from torch import distributed
@@ -191,19 +184,21 @@ class World:
         watch = self._watch
         assert watch is not None
         self.everyone("ready", True)  # a rank that has failed by now is heard of here
-        if device == "cuda":
-            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-            store=PrefixStore("group", self._store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timedelta(seconds=watch.timeout + PATIENCE),
-        )
+        watch.at("connecting")
         try:
+            if device == "cuda":
+                torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                store=PrefixStore("group", self._store.clone()),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=watch.timeout + PATIENCE),
+            )
+            watch.at("preparing the model", alone=True)
             yield watch.at
         except RuntimeError as e:
-            watch.at("")
+            watch.at("ending", alone=True)
             try:
                 self._hear_failure()
                 with unsignalled():
@@ -215,13 +210,14 @@ class World:
                 raise
             raise Elsewhere(said(gone, "is gone"), lost=True) from e
         finally:
-            watch.at("")
+            watch.at("ending", alone=True)
         distributed.destroy_process_group()
 
-    def _hung(self, told: str) -> None:
-        """Called where the main thread cannot go on."""
-        self.fail(Elsewhere(told, lost=True))
-        if self.may_speak():
+    def _hung(self, told: str, answers: bool) -> None:
+        """Called where the main thread cannot go on; `answers`: the store does."""
+        if answers:
+            self.fail(Elsewhere(told, lost=True))
+        if self.may_speak() if answers else self.rank == 1:
             os.write(2, f"nanovllm: {told}\n".encode())
         os._exit(AGAIN)
 
@@ -243,6 +239,17 @@ class World:
         if self.size > 1:
             distributed.all_reduce(table, distributed.ReduceOp.MAX)
         return table.tolist()
+
+
+def _told_later(size: str) -> threading.Timer:
+    """Says after some seconds that the others are waited for; of the ranks of a node one does."""
+    rank, place = os.environ.get("RANK"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    text = f"nanovllm: rank {rank} waits up to {MEETING:g} s until all {size} ranks have come to {place}\n"
+    timer = threading.Timer(QUIET, os.write, (2, text.encode()))
+    timer.daemon = True
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
+    return timer
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,35 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_and_the_run_goes_on(several, 
     assert "going on from checkpoint-" in done.stdout
     assert several.losses() == several.losses("whole")
     assert several.same("out", "whole")
+
+
+CONNECTING = """\
+import os, sys, threading, time
+
+def lost(*args, **options):
+    os.kill(os.getpid(), int(os.environ["LOST_HOW"]))
+
+def wait():
+    while not hasattr(sys.modules.get("torch.distributed"), "init_process_group"):
+        time.sleep(0.01)
+    sys.modules["torch.distributed"].init_process_group = lost
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=wait, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_while_connecting_is_named(several, how):
+    (several.folder / "sitecustomize.py").write_text(CONNECTING)
+    lost = {"PYTHONPATH": str(several.folder), "LOST_HOW": str(int(how))}
+    began = time.monotonic()
+    process = several.start(environment=lost, processes=3)
+    _, err = process.communicate(timeout=120)
+    assert time.monotonic() - began < IN_TIME + 15, err
+    assert "rank 1 says nothing any more, last: " in err or "rank 1 was ended by SIGKILL" in err, err
+    assert "Traceback" not in err
+    assert not several.ranks()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -83,7 +113,55 @@ def test_a_launcher_that_is_killed_leaves_no_rank_behind(several):
     _, err = process.communicate(timeout=IN_TIME)  # the ranks hold the pipe too
     assert not several.ranks()
     assert err.count("nanovllm: ") == 1, err
-    assert "the store that the ranks share is gone" in err
+    assert err.count("\n") == 1, err
+    assert "the launcher that started this rank has ended" in err or "the store that the ranks share is gone" in err
+
+
+def test_a_launcher_that_keeps_no_store_leaves_no_rank_behind(several, port):
+    agents = [
+        several.start(
+            *ENDLESS,
+            command=[sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                     "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port),
+                     *several.command(*ENDLESS, processes=0)[1:]],
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    several.under_way(agents[0], 5)
+    agents[1].kill()
+    began = time.monotonic()
+    said = [agent.communicate(timeout=60)[1] for agent in agents]
+    assert time.monotonic() - began < IN_TIME
+    assert not several.ranks()
+    assert sum(err.count("nanovllm: the launcher that started this rank has ended") for err in said) == 1, said
+
+
+def test_a_launcher_that_is_stopped_ends_ranks_that_need_it(several):
+    process = several.start("train.max_steps=100000", "train.save_steps=20", "train.eval_steps=100000")
+    several.under_way(process, 5)
+    os.kill(process.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + IN_TIME
+    while several.ranks() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    states = [Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in several.ranks().values()]
+    assert set(states) <= {"Z"}  # until their launcher looks
+    os.kill(process.pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert err.count("the store that the ranks share does not answer") == 1, err
+
+
+def test_ranks_that_were_suspended_together_go_on(several):
+    process = several.start(*LONG)
+    several.under_way(process, 8)
+    them = several.ranks().values()
+    for pid in them:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(17)  # longer than train.rank_timeout and what is waited beyond it
+    for pid in them:
+        os.kill(pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
 
 
 def test_a_signal_to_the_launcher_saves_on_all_ranks(several):
@@ -97,6 +175,16 @@ def test_a_signal_to_the_launcher_saves_on_all_ranks(several):
     assert err.count("the same command goes on from checkpoint-") == 1, err
     assert len(list((several.folder / "out").glob("checkpoint-*"))) == 1
     assert not several.ranks()
+
+
+def test_a_signal_to_one_rank_stops_all_and_is_no_reason_to_start_again(several):
+    process = several.start(*ENDLESS, extra=("--max-restarts", "2"))
+    several.under_way(process, 5)
+    os.kill(several.ranks()[1], signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM), err
+    assert err.count("the same command goes on from checkpoint-") == 1, err
+    assert "starting the 2 processes again" not in err
 
 
 FAULT = """\

@@ -124,3 +124,28 @@ def test_what_is_frozen_thaws_on_every_layout(several):
         for key, value in one.items():
             frozen = key.startswith("model.layers.0.")
             assert held[key].equal(value) if frozen else (held[key] - value).abs().mean() < 1e-5, (name, key)
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        (("--max-restarts", "-1"), {}, "argument --max-restarts: got '-1', allowed: a number from 0"),
+        (("--max-restarts", "2"), {}, "--max-restarts 2: it needs --nproc"),
+        (("--nproc", "²"), {}, "--nproc: got '²', allowed: a number from 1, or gpu"),
+        (("--nproc", "2"), {"TORCHELASTIC_RUN_ID": "x"}, "torchrun has started the processes already"),
+    ],
+)
+def test_words_that_start_nothing_are_refused(several, words, environment, said):
+    process = several.start(processes=0, extra=words, environment=environment)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said in err
+
+
+def test_processes_are_started_whatever_the_environment_says(several):
+    process = several.start("train.max_steps=100000", environment={"WORLD_SIZE": "1", "NANOVLLM_LAUNCHER": "1"})
+    several.under_way(process, 1)
+    assert sorted(several.ranks()) == [0, 1]
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + 15
