@@ -34,7 +34,10 @@ def start(folder: Path, ranks: int, parallel: str, out: str) -> subprocess.Popen
     )  # fmt: skip
     words = [word for s in sets for word in ("--set", s)]
     command = [sys.executable, "-m", "nanovllm_core.cli", "run", "recipe.yaml", "--nproc", str(ranks), *words]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def of_run(folder: Path) -> dict[int, int]:
@@ -64,7 +67,17 @@ def trial(
     rank = draw.choice(sorted(there))
     os.kill(there[rank], how)
     began = time.monotonic()
-    _, err = process.communicate(timeout=120)
+    try:
+        _, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        if how != signal.SIGSTOP or of_run(folder) != {rank: there[rank]}:
+            for pid in of_run(folder).values():
+                os.kill(pid, signal.SIGABRT)  # where it stands
+            _, err = process.communicate(timeout=30)
+            return {"how": how.name, "rank": rank, "wrong": f"did not end: {err[-6000:]}"}
+        os.kill(there[rank], signal.SIGKILL)  # it had left and was ending: only its launcher waits for it
+        process.communicate()
+        return {"how": "SIGSTOP at its exit", "rank": rank, "wrong": difference(wanted, result(folder))}
     seconds = time.monotonic() - began
     told = err.strip().splitlines()
     row: dict[str, Any] = {"how": how.name, "rank": rank, "seconds": round(seconds, 1), "said": told[:2]}

@@ -90,7 +90,12 @@ def _ranks(
         return launch(args.again, args.nproc, args.max_restarts)
     from nanovllm_core.training.world import AGAIN, World
 
-    world = World.join()
+    try:
+        world = World.join()
+    except Elsewhere as e:
+        if str(e):
+            print(f"nanovllm: {e}", file=sys.stderr)
+        return AGAIN
     try:
         if before is not None and world.first:
             before()

@@ -7,13 +7,18 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from nanovllm_core.errors import RefusedError
 
 USER = 2  # exit code of a rank whose user must change something
 STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}  # of one that was told to stop
+ENOUGH = 10.0  # seconds that a rank may be stopped while another has ended
 LAUNCHER = "NANOVLLM_LAUNCHER"  # in a rank's environment: the process that started it
 
 
@@ -72,6 +77,21 @@ def launch(arguments: Sequence[str], processes: str, restarts: int) -> int:
     return code
 
 
+def _end_stopped(count: int, over: threading.Event) -> None:
+    """End ranks that are stopped (SIGSTOP) while another has ended: neither they nor the launcher ever would."""
+    complete, since = False, dict[str, float]()
+    while not over.wait(1):
+        children = [pid for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()]
+        complete |= len(children) >= count
+        if complete and len(children) < count:
+            for pid in children:
+                with suppress(OSError):
+                    stopped = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+                    first = since.setdefault(pid, time.monotonic()) if stopped else since.pop(pid, None)
+                    if stopped and first is not None and time.monotonic() - first > ENOUGH:
+                        os.kill(int(pid), signal.SIGKILL)
+
+
 def _attempt(arguments: Sequence[str], count: int) -> tuple[int, bool]:
     """Start the ranks and wait for them: the exit code, and whether starting them again may help."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -89,6 +109,9 @@ def _attempt(arguments: Sequence[str], count: int) -> tuple[int, bool]:
         max_restarts=0,  # it would start again what its user must mend
         monitor_interval=0.5,
     )
+    over = threading.Event()
+    if Path("/proc/self/task").is_dir():
+        threading.Thread(target=_end_stopped, args=(count, over), daemon=True).start()
     try:
         elastic_launch(config, sys.executable)("-m", "nanovllm_core.cli", *arguments)
     except ChildFailedError as e:
@@ -101,6 +124,8 @@ def _attempt(arguments: Sequence[str], count: int) -> tuple[int, bool]:
         return code, not told
     except SignalException as e:
         return 128 + int(e.sigval), False
+    finally:
+        over.set()
     return 0, False
 
 

@@ -13,13 +13,14 @@ import time
 import uuid
 from typing import Any
 
-from nanovllm_core.errors import TrainingError
+from nanovllm_core.errors import Elsewhere
 
 LOOK = 0.02  # seconds between two looks at the store
 
 
 def meet(store: Any, rank: int, size: int, patience: float) -> str:
-    """A name that these ranks share and no earlier attempt had. Raises TrainingError after `patience` seconds."""
+    """A name that these ranks share and no earlier attempt had. Raises Elsewhere after `patience` seconds, with an empty text
+    on all of those who came but the first."""
     me, end = uuid.uuid4().hex, time.monotonic() + patience
     store.set(f"here/{rank}", me)
     while time.monotonic() < end:
@@ -27,10 +28,11 @@ def meet(store: Any, rank: int, size: int, patience: float) -> str:
         if name is not None and store.check([f"complete/{name}"]):
             return name
         time.sleep(LOOK)
-    raise TrainingError(
-        f"the {size} ranks have not all come within {patience:g} s; start as many processes as WORLD_SIZE says, on nodes that "
-        "reach each other"
-    )
+    here = [other for other in range(size) if other == rank or store.check([f"here/{other}"])]
+    missing = ", ".join(str(other) for other in range(size) if other not in here)
+    text = f"rank {missing} has not come" if missing else "a rank has ended while the others came"
+    told = f"{text} within {patience:g} s; start as many processes as WORLD_SIZE says ({size}), on nodes that reach each other"
+    raise Elsewhere(told if rank == here[0] else "", lost=True)
 
 
 def _gathered(store: Any, size: int) -> str | None:

@@ -30,6 +30,7 @@ FAILED = "failed"
 PATIENCE = 30.0  # seconds that torch waits longer than we do: it would end the process without a word
 QUIET = 10.0  # seconds of waiting for them without a word
 MEETING = 600.0  # seconds in which all ranks must have come
+MEETING_HERE = 120.0  # the same on one machine, where they start together
 AGAIN = 75  # exit code of a rank that ends because another died or hangs: nothing is wrong with the recipe
 
 
@@ -48,7 +49,7 @@ class World:
     def join(cls) -> World:
         """The world that torchrun describes to this process; of one process without it.
 
-        Raises TrainingError where the description is wrong or the others do not come.
+        Raises TrainingError where the description is wrong, Elsewhere where the others do not come.
         """
         told = os.environ.get("WORLD_SIZE", "1")
         if told == "1":
@@ -65,7 +66,7 @@ class World:
                 for name, default in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
             )
             store = PrefixStore("nanovllm", store)
-            store = PrefixStore(meet(store, rank, size, MEETING), store)
+            store = PrefixStore(meet(store, rank, size, MEETING if size > count else MEETING_HERE), store)
         except (ValueError, RuntimeError) as e:
             raise TrainingError(
                 f"WORLD_SIZE is {told}, and the other ranks cannot be reached ({reason(e)}); start through torchrun or with "

@@ -77,6 +77,19 @@ def test_a_rank_that_is_frozen_before_training_ends_the_others(several, rank):
     assert not several.ranks()
 
 
+def test_a_rank_that_is_stopped_when_the_run_is_over_is_ended(several):
+    (several.folder / "sitecustomize.py").write_text(
+        "import atexit, os, signal\n"
+        "if os.environ.get('RANK') == '0':\n"
+        "    atexit.register(os.kill, os.getpid(), signal.SIGSTOP)\n"
+    )
+    process = several.start(environment={"PYTHONPATH": str(several.folder)})
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGKILL, err
+    assert (several.folder / "out" / "model.safetensors").exists()
+    assert not several.ranks()
+
+
 def test_restarts_go_on_by_themselves(several):
     process = several.start(*LONG, extra=("--max-restarts", "1"))
     several.under_way(process, 8)

@@ -244,8 +244,9 @@ def run(block: dict[str, Any], cache: Path, place: Path) -> dict[str, Any]:
     fill(folder)
     words, added = command(block, folder)
     bin_folder = str(Path(sys.executable).parent)
+    threads = "1" if "torchrun" in str(words) else os.environ.get("OMP_NUM_THREADS", "2")
     environment = {
-        **os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1" if "torchrun" in str(words) else "2",
+        **os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads,
         "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     began = time.perf_counter()

@@ -25,7 +25,7 @@ def loaded(path):
     return module
 
 
-blocks, keys = loaded(HERE / "blocks.py"), loaded(DOCS / "keys.py")
+blocks, names, keys = loaded(HERE / "blocks.py"), loaded(HERE / "names.py"), loaded(DOCS / "keys.py")
 # One of each road, those that take seconds: fine-tuning by shell and Python, documents, a data set, memory, a loop, a
 # checkpoint, a new model, several ranks. `python tests/guide/blocks.py` runs all, whose result is in benchmarks/results.
 CHOSEN = (1, 9, 11, 16, 24, 25, 27, 29, 36, 51)
@@ -50,6 +50,15 @@ def test_blocks_of_every_road_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(out.read_text())
     assert (told["ran"], told["able"]) == (len(CHOSEN), len(CHOSEN))
+
+
+def test_everything_that_the_guide_names_is_used_by_a_block_or_a_test():
+    assert names.page() == names.PAGE.read_text(encoding="utf-8"), "run: python tests/guide/names.py"
+    assert len(names.table()) > 120
+    for use, numbers in names.table().items():
+        if not numbers:
+            file, _, test = names.TESTS[use].partition("::")
+            assert f"def {test}(" in (REPOSITORY / file).read_text(encoding="utf-8"), use
 
 
 def test_every_key_and_flag_of_the_guide_is_one():
