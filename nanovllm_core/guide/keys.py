@@ -15,7 +15,7 @@ from attrs import frozen
 
 from nanovllm_core.errors import RecipeError, nearest
 from nanovllm_core.optimisation import Train
-from nanovllm_core.options import default_of, describe, options_of, shown
+from nanovllm_core.options import default_of, describe, options_of, shown, type_text
 from nanovllm_core.recipe import Data, Recipe, structured
 from nanovllm_core.yamltext import KeyPath, Place, Text, read
 
@@ -85,7 +85,7 @@ def recipe_of(text: Text, base: Path) -> Recipe:
     ]
     for key, meaning in MEANT.items():
         if key in flat and not _fits(flat[key], meaning.type):
-            problems.append(f"{text.place((key,))}: {key}: got {shown(flat[key])}, expected {_kind(meaning.type)}")
+            problems.append(f"{text.place((key,))}: {key}: got {shown(flat[key])}, expected {type_text(meaning.type)}")
     if problems:
         raise RecipeError("\n".join(problems))
     out = _Recipe(text)
@@ -174,8 +174,3 @@ def _parallel(out: _Recipe, flat: Mapping[str, Any]) -> None:
 
 def _fits(value: Any, tp: Any) -> bool:
     return isinstance(value, tp) and (tp is bool or not isinstance(value, bool))
-
-
-def _kind(tp: Any) -> str:
-    said = {bool: "true or false", str: "text", str | None: "text or null", int | None: "a whole number or null"}
-    return said[tp]

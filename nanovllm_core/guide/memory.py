@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-GIGA = 1e9
+from nanovllm_core.memory_table import size_text
+
 PROCESS = "/proc/self"
 
 
@@ -57,14 +58,14 @@ class MemoryManager:
             figures.update(before=before, after=after, peak=peak, seconds=time.perf_counter() - began)
             self.stats[name] = figures
             print(
-                f"{name}: {_size(before)} before, {_size(after)} after, peak {_size(peak)} ({self.device})",
+                f"{name}: {size_text(before)} before, {size_text(after)} after, peak {size_text(peak)} ({self.device})",
                 file=sys.stderr,
             )
 
     def log_memory_usage(self, label: str = "memory") -> int:
         """Print what is held now, and return it in bytes."""
         used = self.used()
-        print(f"{label}: {_size(used)} held, peak {_size(self.peak())} ({self.device})", file=sys.stderr)
+        print(f"{label}: {size_text(used)} held, peak {size_text(self.peak())} ({self.device})", file=sys.stderr)
         return used
 
 
@@ -76,7 +77,3 @@ def _status(key: str) -> int | None:
     except OSError:
         return None
     return int(found.split()[1]) * 1024 if found else None
-
-
-def _size(count: float) -> str:
-    return f"{count / GIGA:.2f} GB"

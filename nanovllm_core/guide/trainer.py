@@ -15,11 +15,12 @@ from nanovllm_core.hookspecs import hookimpl
 from nanovllm_core.plan import Plan, make_plan
 from nanovllm_core.registry import Registry
 from nanovllm_core.runner import run
+from nanovllm_core.training.world import World
 
 
 @frozen
 class Result:
-    """What `Trainer.train` gives."""
+    """What `Trainer.train` gives. Of several ranks the first has the figures."""
 
     output_dir: Path  # the finished model, which `LLM`, transformers and vLLM open
     steps: int
@@ -58,14 +59,21 @@ class Trainer:
 
     def train(self) -> Result:
         """Train to the end, export and measure. Called again after an interruption it goes on from the newest checkpoint."""
-        figures = _Figures()
-        if self.config.analyze_documents:
-            from nanovllm_core.analyze import analyze_document_collection, table
-
-            assert self.config.dataset_path is not None
-            print(table(analyze_document_collection(self.config.dataset_path)), end="")
-        folder = run(self.plan, [*self.callbacks, figures])
+        figures, world = _Figures(), World.join()
+        if self.config.analyze_documents and world.first:
+            try:
+                self._analyze()
+            except BaseException as e:
+                world.fail(e)
+                raise
+        folder = run(self.plan, [*self.callbacks, figures], world=world)
         return Result(folder, figures.step, figures.metrics)
+
+    def _analyze(self) -> None:
+        from nanovllm_core.analyze import analyze_document_collection, table
+
+        assert self.config.dataset_path is not None
+        print(table(analyze_document_collection(self.config.dataset_path)), end="")
 
 
 @define(eq=False)

@@ -128,7 +128,7 @@ def test_a_configuration_is_an_object():
     [
         ({"learning_rat": 1e-4}, "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
         ({"learning_rate": "fast"}, "learning_rate: got 'fast', expected number"),
-        ({"model_size": 3}, "model_size: got 3, expected text or null"),
+        ({"model_size": 3}, "model_size: got 3, expected string or null"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size: got 0, at least 1"),
         ({"train_from_scratch": "yes"}, "train_from_scratch: got 'yes', expected true or false"),
     ],

@@ -299,6 +299,31 @@ def test_a_trainer_trains_and_answers(docs, folder, tmp_path, monkeypatch):
         assert set(answer) >= {"text", "token_ids"}
 
 
+SCRIPT = """
+from nanovllm import Trainer, TrainingConfig
+
+if __name__ == "__main__":
+    config = TrainingConfig(
+        model_size="tiny", vocab_size=300, dataset_path="docs", output_dir="own", max_seq_length=64, max_steps=2,
+        learning_rate=1e-3, analyze_documents=True,
+    )
+    print("trained", Trainer.from_scratch(config).train().steps)
+"""
+
+
+def test_a_trainer_of_several_ranks_speaks_once(docs, tmp_path):
+    (tmp_path / "docs").symlink_to(docs)
+    (tmp_path / "train_own.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_own.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("documents") >= 1
+    assert done.stdout.count("suggested") == 1, done.stdout
+    assert done.stdout.count("trained 2") == 1, done.stdout
+
+
 def test_a_trainer_names_what_is_missing(docs):
     with pytest.raises(RecipeError, match=r"missing: dataset_path .*; model_name_or_path .* or train_from_scratch"):
         Trainer.from_pretrained(TrainingConfig())
