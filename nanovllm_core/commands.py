@@ -88,7 +88,8 @@ def _ranks(
 
     if wanted(args.nproc, args.max_restarts):
         return launch(args.again, args.nproc, args.max_restarts)
-    from nanovllm_core.training.world import AGAIN, World
+    from nanovllm_core.training.launched import AGAIN
+    from nanovllm_core.training.world import World
 
     try:
         world = World.join()
@@ -104,19 +105,20 @@ def _ranks(
         if world.size == 1:
             raise
         world.fail(e)
-        if world.may_speak():
-            text = str(e) if isinstance(e, Elsewhere) else f"rank {world.rank}: {e}"
+        text = str(e) if isinstance(e, Elsewhere) else f"rank {world.rank}: {e}"
+        if text and world.may_speak():
             print(f"nanovllm: {text}", file=sys.stderr)
         return AGAIN if isinstance(e, Elsewhere) and e.lost else 2
 
 
 def _run(make_plan: Callable[[Callable[[], Machine]], Plan], world: World) -> int:
     from nanovllm_core.interrupt import Interrupt
+    from nanovllm_core.training.launched import launched
     from nanovllm_core.training.stop import StopRequest
 
     stop = StopRequest()
     hint = "the same command goes on from the newest checkpoint, if there is one"
-    with Interrupt(stop, hint, speaks=world.first) as interrupt:
+    with Interrupt(stop, hint, speaks=world.first, launched=launched(), broken=world.broken) as interrupt:
         from nanovllm_core.machine import Machine
 
         plan = make_plan(lambda: _smallest(Machine.detect(), world))

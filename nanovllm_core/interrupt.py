@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -24,9 +25,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupt:
     """Turns signals into a StopRequest while it is entered (in the main thread)."""
 
-    def __init__(self, stop: StopRequest, hint: str, *, speaks: bool = True) -> None:
-        """`hint`: how to go on, for a process that had to leave at once; `speaks`: of several ranks one does."""
-        self.stop, self.hint, self.speaks = stop, hint, speaks
+    def __init__(
+        self,
+        stop: StopRequest,
+        hint: str,
+        *,
+        speaks: bool = True,
+        launched: bool = False,
+        broken: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`hint`: how to go on, for a process that had to leave at once; `speaks`: of several ranks one does.
+
+        `launched`: a launcher passes signals on as SIGTERM, which may come again; `broken`: the signal comes because another
+        rank has ended.
+        """
+        self.stop, self.hint, self.speaks, self.launched, self.broken = stop, hint, speaks, launched, broken
         self.signal = 0
         self.begun = False  # the run: set it when the plan is made
         self._before: dict[int, Any] = {}
@@ -64,13 +77,16 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
+            if self.launched and number == signal.SIGTERM:
+                return
             self._leave("stopped at once")
         self.signal = number
         if not self.begun:
             self._say("interrupted before the run began")
             os._exit(self.code)
         self.stop.ask()
-        self._say("stopping; once more (Ctrl-C) stops at once")
+        if self.speaks and not self.broken():
+            self._say("stopping; once more (Ctrl-C) stops at once")
         if not self.stop.heeded:
             raise KeyboardInterrupt
 

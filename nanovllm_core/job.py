@@ -27,9 +27,10 @@ from nanovllm_core.training.parts import ALONE, load_optimizer, snapshot
 from nanovllm_core.training.saver import Saver, room_needed
 from nanovllm_core.training.sharding import full_state
 from nanovllm_core.training.stop import StopRequest
+from nanovllm_core.training.together import Together
 from nanovllm_core.training.trainer import Settings, Trainer
 from nanovllm_core.training.watch import At
-from nanovllm_core.training.world import Together, World
+from nanovllm_core.training.world import World
 from nanovllm_core.weights import ModelFolder
 
 Found = tuple[Path, checkpoint.State]

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -15,9 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from nanovllm_core.errors import RefusedError
+from nanovllm_core.training.launched import AGAIN
 
-USER = 2  # exit code of a rank whose user must change something
-STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}  # of one that was told to stop
+NO_HELP = {
+    2,
+    128 + signal.SIGINT,
+    128 + signal.SIGTERM,
+}  # exit codes of ranks whose user must mend something, or has stopped
 ENOUGH = 10.0  # seconds that a rank may be stopped while another has ended
 LAUNCHER = "NANOVLLM_LAUNCHER"  # in a rank's environment: the process that started it
 
@@ -67,7 +72,6 @@ def launch(arguments: Sequence[str], processes: str, restarts: int) -> int:
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds: ranks may be saving; else they leave in 9
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # every rank's error is told once, by us
     for again in range(restarts + 1):
         code, helps = _attempt(arguments, count)
         if not helps:
@@ -94,10 +98,14 @@ def _end_stopped(count: int, over: threading.Event) -> None:
 
 def _attempt(arguments: Sequence[str], count: int) -> tuple[int, bool]:
     """Start the ranks and wait for them: the exit code, and whether starting them again may help."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    for name in list(logging.root.manager.loggerDict):  # every rank's error is told once, by us
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    logs = tempfile.TemporaryDirectory(prefix="nanovllm-")  # torch's own, of which nothing is read
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -108,24 +116,25 @@ def _attempt(arguments: Sequence[str], count: int) -> tuple[int, bool]:
         local_addr="localhost",
         max_restarts=0,  # it would start again what its user must mend
         monitor_interval=0.5,
+        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
     )
     over = threading.Event()
     if Path("/proc/self/task").is_dir():
         threading.Thread(target=_end_stopped, args=(count, over), daemon=True).start()
     try:
-        elastic_launch(config, sys.executable)("-m", "nanovllm_core.cli", *arguments)
+        elastic_launch(config, sys.executable)("-P", "-m", "nanovllm_core.cli", *arguments)
     except ChildFailedError as e:
         rank, first = e.get_first_failure()
         if first.exitcode < 0:
             said = f"nanovllm: rank {rank} was ended by {first.signal_name()}; the same command goes on"
             print(said, file=sys.stderr)
-        code = first.exitcode if first.exitcode > 0 else 128 - first.exitcode
-        told = first.exitcode in STOPPED or any(failure.exitcode == USER for failure in e.failures.values())
-        return code, not told
+        code = first.exitcode if first.exitcode > 0 else AGAIN
+        return code, not any(failure.exitcode in NO_HELP for failure in e.failures.values())
     except SignalException as e:
         return 128 + int(e.sigval), False
     finally:
         over.set()
+        logs.cleanup()
     return 0, False
 
 

@@ -45,6 +45,8 @@ def run(
     except Interrupted:
         raise Interrupted(f"stopped; the same command {goes_on(plan.output_dir)}") from None
     except BaseException as e:
+        if isinstance(e, KeyboardInterrupt):
+            world.refuse_broken()
         world.fail(e)
         raise
 

@@ -139,10 +139,10 @@ class Trainer:
             self._is_enough()
         window = _Window()
         while self.step < s.total_steps and not self.best.exhausted(s.patience):
-            self.at(f"step {self.step + 1}")
             self._thaw()
             data = self.steps.step(self.position)
             metrics = self._optimize(data)
+            self.at(f"after step {self.step + 1}", alone=True)
             self.step, self.position, self.evaluated = self.step + 1, data.next_position, False
             self.random = random_state()
             window.add(data)
@@ -169,6 +169,7 @@ class Trainer:
             held_out = self.evaluation.batches
             heeded = evolve(self.evaluation, batches=lambda *part: self.stop.checked(self._told(held_out(*part))))
             self.metrics, table = evaluate(self.model, heeded)
+            self.at(f"after evaluating step {self.step}", alone=True)
             self.evaluated = True
             self.events.evaluated(step=self.step, metrics=self.metrics)
             self.events.evaluated_by_source(step=self.step, table=table)
@@ -230,6 +231,7 @@ class Trainer:
         s, model = self.settings, self.model
         learning_rate = s.learning_rate * s.schedule.share(self.step)
         losses = []
+        self.at(f"step {self.step + 1}")
         for i, micro in enumerate(self.stop.checked(data.micro_batches), 1):
             self.at(f"step {self.step + 1}, micro-batch {i}")
             with model.micro_batch(last=i == len(data.micro_batches)):

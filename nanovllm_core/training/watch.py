@@ -29,7 +29,6 @@ BREATH = 2.0  # seconds that count at most between two beats: in the rest this p
 SILENCE = "says nothing any more"
 GONE = "the store that the ranks share is gone: the process that keeps it (the launcher, or rank 0) has ended"
 MUTE = "the store that the ranks share does not answer: the process that keeps it (the launcher, or rank 0) is stopped"
-ORPHAN = "the launcher that started this rank has ended"
 
 
 class At(Protocol):
@@ -59,7 +58,6 @@ class Watch:
     """This rank's word from `start` on, and its eye on the others'.
 
     node: the ranks of this node
-    launcher: the process that started this rank and ends it, if there is one
     hung: called from a thread of the watch with what is wrong, and whether the store answers: the run cannot go on, and this
       ends the process. What holds up the others has been ended by then, if it is on this node
     timeout: seconds that a rank may hold up the others or say nothing; also before the run knows its own
@@ -69,7 +67,6 @@ class Watch:
     rank: int
     size: int
     node: range
-    launcher: int | None
     hung: Callable[[str, bool], None]
     timeout: float = 60.0
     _clock: float = 0.0  # seconds in which this process ran
@@ -96,13 +93,24 @@ class Watch:
         self._moves, self._doing, self._alone, self._since = self._moves + 1, doing, alone, self._clock
 
     def silent(self) -> dict[int, str]:
-        """Other ranks that say nothing any more, and what they did last. Takes some seconds."""
+        """Other ranks that say nothing any more, and what they did last. Takes some seconds where none of this node is dead."""
+        if dead := self.dead():
+            return dead
         end = time.monotonic() + SILENT + 3 * BEAT
         gone = self._unheard(self._others(), SILENT)
         while time.monotonic() < end:
             time.sleep(BEAT)
             gone = self._unheard(self._others(), SILENT)
         return {rank: word.doing for rank, word in gone.items()}
+
+    def dead(self) -> dict[int, str]:
+        """Ranks of this node whose process is no more though they have not left, and what they did last."""
+        words = {rank: self._word(rank) for rank in self.node if rank != self.rank}
+        return {
+            rank: word.doing
+            for rank, word in words.items()
+            if word is not None and word.process and _gone(word.process)
+        }
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
@@ -114,8 +122,6 @@ class Watch:
         while not self._over.wait(BEAT):
             now = time.monotonic()
             self._clock, last = self._clock + min(now - last, BREATH), now
-            if self.launcher is not None and os.getppid() != self.launcher:
-                self.hung(ORPHAN, True)
             if self._clock - max(self._answered, self._since) > self.timeout + 2 * SILENT:
                 self.hung(MUTE, False)
 
@@ -201,3 +207,14 @@ class Watch:
         if rank in self.node and rank != self.rank and word.process:
             with suppress(OSError):
                 os.kill(word.process, signal.SIGKILL)
+
+
+def _gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"  # dead, and its parent has not looked yet
+    except ProcessLookupError:
+        return True
+    except OSError:  # not Linux, or someone else's
+        return False

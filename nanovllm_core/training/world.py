@@ -8,12 +8,11 @@ message, or a rank that failed or is frozen. One rank speaks to the user: the fi
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,17 +20,16 @@ from typing import Any, TypeVar
 from attrs import field, frozen
 
 from nanovllm_core.contracts import Layout
-from nanovllm_core.errors import Elsewhere, Interrupted, NanoError, TrainingError, reason
+from nanovllm_core.errors import Elsewhere, NanoError, TrainingError, reason
+from nanovllm_core.training.launched import AGAIN, end_with_launcher, launched, orphaned, told_later
 from nanovllm_core.training.meeting import LOOK, meet
 from nanovllm_core.training.watch import GONE, At, Watch, said
 
 T = TypeVar("T")
 FAILED = "failed"
-PATIENCE = 30.0  # seconds that torch waits longer than we do: it would end the process without a word
-QUIET = 10.0  # seconds of waiting for them without a word
+FOREVER = timedelta(days=20)  # torch's own limit, by the wall clock and whatever a rank is doing: the watch decides
 MEETING = 600.0  # seconds in which all ranks must have come
 MEETING_HERE = 120.0  # the same on one machine, where they start together
-AGAIN = 75  # exit code of a rank that ends because another died or hangs: nothing is wrong with the recipe
 
 
 @frozen(eq=False)
@@ -52,13 +50,16 @@ class World:
         Raises TrainingError where the description is wrong, Elsewhere where the others do not come.
         """
         told = os.environ.get("WORLD_SIZE", "1")
+        made: list[World] = []
+        if launched():
+            end_with_launcher(lambda error: made[0].fail(error) if made else None)
         if told == "1":
             return cls()
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of a store that is gone: we tell that
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        waiting = _told_later(told)
+        waiting = told_later(told, MEETING)
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=MEETING)))
             local, count = (
@@ -74,10 +75,10 @@ class World:
             ) from e
         finally:
             waiting.cancel()
-        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         node = range(rank - local, rank - local + count)
-        watch = Watch(store, rank, size, node, launcher, hung=lambda told, answers: None)
+        watch = Watch(store, rank, size, node, hung=lambda told, answers: None)
         world = cls(rank, size, local, count, store, watch)
+        made.append(world)
         watch.hung = world._hung
         watch.start()
         return world
@@ -97,9 +98,13 @@ class World:
     def hear(self, key: str) -> Any:
         """The message told under `key`, once it is there. Raises Elsewhere when a rank failed meanwhile."""
         try:
+            looked = time.monotonic()
             while not self._store.check([key]):
                 self._hear_failure()
                 time.sleep(LOOK)
+                if time.monotonic() - looked > 1:
+                    looked = time.monotonic()
+                    self._miss_the_dead()
             return json.loads(self._store.get(key))
         except RuntimeError as e:  # of torch.distributed
             raise Elsewhere(GONE, lost=True) from e
@@ -108,6 +113,30 @@ class World:
         """Raise Elsewhere where a rank has failed."""
         if self._store.check([FAILED]):
             raise Elsewhere(**json.loads(self._store.get(FAILED)))
+
+    def _miss_the_dead(self) -> None:
+        """Raise Elsewhere where a rank of this node is no more."""
+        assert self._watch is not None
+        if gone := self._watch.dead():
+            raise Elsewhere(said(gone, "is gone"), lost=True)
+
+    def refuse_broken(self) -> None:
+        """Raise Elsewhere where another rank has failed or died: a launcher ends this one then, as a user would."""
+        if self.size == 1:
+            return
+        try:
+            self._hear_failure()
+            self._miss_the_dead()
+        except RuntimeError as e:
+            raise Elsewhere(GONE, lost=True) from e
+
+    def broken(self) -> bool:
+        """Whether `refuse_broken` refuses."""
+        try:
+            self.refuse_broken()
+        except Elsewhere:
+            return True
+        return False
 
     def be_patient(self, seconds: float) -> None:
         """How long a rank may hold up the others."""
@@ -141,13 +170,20 @@ class World:
         """Let the others know that this rank cannot go on. What is no NanoError tells the user by itself: a traceback."""
         if self.size == 1:
             return
+        told: dict[str, Any]
         if isinstance(error, Elsewhere):
             told = {"text": str(error), "lost": error.lost}
+        elif isinstance(error, KeyboardInterrupt):
+            told = {
+                "text": "" if self.first else f"rank {self.rank} was told to stop"
+            }  # the first tells the user itself
+        elif isinstance(error, NanoError):
+            told = {"text": f"rank {self.rank}: {error}"}
         else:
-            told = {"text": f"rank {self.rank}: {error if isinstance(error, NanoError) else reason(error)}"}
+            told = {"text": f"rank {self.rank}: {reason(error)}", "lost": True}
         with suppress(RuntimeError):
             self._store.compare_set(FAILED, "", json.dumps(told))
-        if not isinstance(error, NanoError):
+        if not isinstance(error, NanoError | KeyboardInterrupt):
             self.may_speak()
 
     def may_speak(self) -> bool:
@@ -155,11 +191,20 @@ class World:
         try:
             return self.size == 1 or self._store.add("spoken", 1) == 1
         except RuntimeError:
-            return self.rank == 1
+            return self._speaks_for_node
+
+    @property
+    def _speaks_for_node(self) -> bool:
+        """Where ranks cannot agree who speaks. Without a launcher the first rank keeps the store, and may be gone with it."""
+        if launched():
+            return self.local_rank == 0 and not orphaned()  # which is told by itself
+        return self.rank == 1
 
     def leave(self) -> None:
-        """The run is over here. The first rank waits for the others: without torchrun it keeps the store."""
-        self.tell(f"left/{self.rank}", True)
+        """The run is over once the first rank has all done: it keeps the store without torchrun, and is not left unwatched."""
+        if self.size > 1:
+            self.from_first("over", lambda: True)
+            self.tell(f"left/{self.rank}", True)
         if self.first:
             for rank in range(1, self.size):
                 self.hear(f"left/{rank}")
@@ -194,7 +239,7 @@ class World:
                 store=PrefixStore("group", self._store.clone()),
                 rank=self.rank,
                 world_size=self.size,
-                timeout=timedelta(seconds=watch.timeout + PATIENCE),
+                timeout=FOREVER,
             )
             watch.at("preparing the model", alone=True)
             yield watch.at
@@ -218,7 +263,7 @@ class World:
         """Called where the main thread cannot go on; `answers`: the store does."""
         if answers:
             self.fail(Elsewhere(told, lost=True))
-        if self.may_speak() if answers else self.rank == 1:
+        if self.may_speak() if answers else self._speaks_for_node:
             os.write(2, f"nanovllm: {told}\n".encode())
         os._exit(AGAIN)
 
@@ -242,17 +287,6 @@ class World:
         return table.tolist()
 
 
-def _told_later(size: str) -> threading.Timer:
-    """Says after some seconds that the others are waited for; of the ranks of a node one does."""
-    rank, place = os.environ.get("RANK"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    text = f"nanovllm: rank {rank} waits up to {MEETING:g} s until all {size} ranks have come to {place}\n"
-    timer = threading.Timer(QUIET, os.write, (2, text.encode()))
-    timer.daemon = True
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        timer.start()
-    return timer
-
-
 @contextmanager
 def unsignalled() -> Iterator[None]:
     """Within, SIGTERM is ignored: torchrun sends it as soon as one has died, and there is something to say first."""
@@ -264,33 +298,3 @@ def unsignalled() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class Together:
-    """A wish to stop that all ranks fulfil at the same place: looked for about twice a second, at the same items on all."""
-
-    OFTEN = 0.5  # seconds
-
-    def __init__(self, world: World, asked: Callable[[], bool]) -> None:
-        self.world, self.asked = world, asked
-        self._every = self._left = 1  # items from one look to the next; of these still to come
-        self._looked = -math.inf
-
-    def checked(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; all ranks must have as many. Raises Interrupted."""
-        for item in items:
-            self._left -= 1
-            if self._left <= 0:
-                self._look()
-            yield item
-
-    def _look(self) -> None:
-        """All ranks look, and agree on how many items the slowest of them will take half a second for."""
-        now = time.monotonic()
-        pace = (now - self._looked) / self._every  # at the first look nothing is known: look at the next item too
-        wanted = min(int(self.OFTEN / max(pace, 1e-6)), 2 * self._every)  # no more than twice as many: items differ
-        asked, fewer = self.world.most(int(self.asked()), -wanted)
-        self._every = self._left = max(1, -fewer)
-        self._looked = now
-        if asked:
-            raise Interrupted("stopped as asked")

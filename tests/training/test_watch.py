@@ -22,7 +22,7 @@ class Ranks:
         for rank in range(size):
             here = range(size) if node is None else range(rank - rank % node, rank - rank % node + node)
             hung = lambda told, answers, rank=rank: self.told.setdefault(rank, told)  # noqa: E731
-            self.ranks.append(Watch(store, rank, size, here, None, hung, timeout))
+            self.ranks.append(Watch(store, rank, size, here, hung, timeout))
         for rank in self.ranks:
             rank.start()
 

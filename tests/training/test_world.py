@@ -9,7 +9,8 @@ from torch.distributed import HashStore
 
 from nanovllm_core.errors import Elsewhere, Interrupted
 from nanovllm_core.training.meeting import meet
-from nanovllm_core.training.world import Together, World
+from nanovllm_core.training.together import Together
+from nanovllm_core.training.world import World
 
 
 def test_ranks_of_an_attempt_meet_whatever_earlier_ones_left():

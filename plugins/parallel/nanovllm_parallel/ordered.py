@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, distributed
+from torch import Tensor
 
 from nanovllm_core.contracts import Layout, Module
+from nanovllm_parallel.collectives import all_gather
 from nanovllm_parallel.local import Local
 from nanovllm_parallel.spread import Group
 
@@ -57,7 +58,7 @@ class Ordered(Group):
         for start in range(0, len(flat), PIECE):
             piece = flat[start : start + PIECE]
             gathered = piece.new_empty(self.data_size * len(piece))
-            distributed.all_gather_into_tensor(gathered, piece, group=group)
+            all_gather(gathered, piece, group=group)
             all_WN = gathered.view(self.data_size, -1)
             while len(all_WN) > 1:
                 all_WN = all_WN[0::2] + all_WN[1::2]

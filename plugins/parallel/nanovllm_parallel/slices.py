@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from nanovllm_core.contracts import Module, Ops
 from nanovllm_core.errors import RefusedError
 from nanovllm_core.training.sharding import chunk
+from nanovllm_parallel.collectives import all_gather, reduce_scatter
 from nanovllm_parallel.vocab_loss import vocab_cross_entropy
 
 SPLIT = {"column": 0, "vocab": 0, "row": 1}  # role -> the dimension of a weight that is split
@@ -163,13 +164,13 @@ def _padded(x: Tensor, size: int) -> Tensor:
 
 def _gather(x: Tensor, group: Any, size: int) -> Tensor:
     whole = x.new_empty(len(x) * size, *x.shape[1:])
-    distributed.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    all_gather(whole, x.contiguous(), group=group)
     return whole
 
 
 def _scatter(x: Tensor, group: Any, size: int) -> Tensor:
     mine = x.new_empty(len(x) // size, *x.shape[1:])
-    distributed.reduce_scatter_tensor(mine, x.contiguous(), group=group)
+    reduce_scatter(mine, x.contiguous(), group=group)
     return mine
 
 

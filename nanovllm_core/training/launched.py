@@ -1,0 +1,57 @@
+"""What a rank and the launcher that started it have of each other: an exit code, and that the rank does not outlive it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from nanovllm_core.errors import Elsewhere
+
+AGAIN = 75  # exit code of a rank that ends because another died or hangs: nothing is wrong with the recipe
+LOOK = 0.5  # seconds between two looks
+QUIET = 10.0  # seconds of waiting for other ranks without a word
+PARENT = os.getppid()
+ORPHAN = "the launcher that started the ranks has ended"
+
+
+def launched() -> bool:
+    """Whether torchrun, or --nproc, has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def orphaned() -> bool:
+    """Whether the process that started this one is no more."""
+    return os.getppid() != PARENT
+
+
+def end_with_launcher(fail: Callable[[Elsewhere], None]) -> None:
+    """From now on this process ends once the one that started it is no more; `fail` tells the other nodes."""
+
+    def mind() -> None:
+        while not orphaned():
+            time.sleep(LOOK)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks of a node one speaks
+            os.write(
+                2,
+                f"nanovllm: {ORPHAN}; the same command goes on from the newest checkpoint, if there is one\n".encode(),
+            )
+        # The store may not answer any more: that is not waited for.
+        error = Elsewhere(f"the launcher that started rank {os.environ.get('RANK')} has ended", lost=True)
+        threading.Thread(target=fail, args=(error,), daemon=True).start()
+        time.sleep(LOOK)
+        os._exit(AGAIN)
+
+    threading.Thread(target=mind, name="launcher", daemon=True).start()
+
+
+def told_later(size: str, patience: float) -> threading.Timer:
+    """Says after some seconds that the others are waited for; of the ranks of a node one does."""
+    rank, place = os.environ.get("RANK"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    text = f"nanovllm: rank {rank} waits up to {patience:g} s until all {size} ranks have come to {place}\n"
+    timer = threading.Timer(QUIET, os.write, (2, text.encode()))
+    timer.daemon = True
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
+    return timer
