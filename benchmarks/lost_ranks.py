@@ -25,6 +25,7 @@ import tiny_run
 from tiny_run import difference, result
 
 TIMEOUT, GRACE = 8, 10  # seconds: train.rank_timeout, and what is left to end in
+MEETING = 120  # seconds that ranks of one machine wait for one that has not come
 
 
 def start(folder: Path, ranks: int, parallel: str, out: str) -> subprocess.Popen[str]:
@@ -59,8 +60,8 @@ def trial(
     shutil.rmtree(folder / "out", ignore_errors=True)
     how = draw.choice([signal.SIGKILL] * 3 + [signal.SIGSTOP])
     process = start(folder, args.ranks, args.parallel, "out")
-    time.sleep(draw.uniform(0.3, 1.0) * length)
-    there = of_run(folder)
+    time.sleep(draw.uniform(0.2, 0.95) * length)
+    there, met = of_run(folder), (folder / "out").exists()
     if not there:
         process.communicate()
         return {"how": "it had ended", "wrong": difference(wanted, result(folder))}
@@ -68,7 +69,7 @@ def trial(
     os.kill(there[rank], how)
     began = time.monotonic()
     try:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=200)
     except subprocess.TimeoutExpired:
         if how != signal.SIGSTOP or of_run(folder) != {rank: there[rank]}:
             for pid in of_run(folder).values():
@@ -87,7 +88,7 @@ def trial(
     again = start(folder, args.ranks, args.parallel, "out")
     _, err = again.communicate(timeout=300)
     faults = [
-        "took too long" if seconds > TIMEOUT + GRACE else "",
+        "took too long" if seconds > (TIMEOUT if met or how == signal.SIGKILL else MEETING + TIMEOUT) + GRACE else "",
         f"left behind: {sorted(left)}" if left else "",
         f"exit code {again.returncode}: {err[-500:]}" if again.returncode else difference(wanted, result(folder)),
     ]
@@ -110,8 +111,8 @@ def main() -> int:
         _, err = whole.communicate()
         assert whole.returncode == 0, err
         length, wanted = time.perf_counter() - began, result(folder)
-        rows = []
-        for _ in range(args.trials):
+        rows: list[dict[str, Any]] = []
+        while sum("rank" in row for row in rows) < args.trials:
             rows.append(trial(folder, draw, length, args, wanted))
             print(rows[-1], flush=True)
     finally:

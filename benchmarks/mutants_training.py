@@ -20,6 +20,7 @@ PARALLEL = "plugins/parallel/nanovllm_parallel/"
 RANKS = "tests/testing/test_bundled_parallel.py"
 
 # Bug -> file, text, what stands there instead, tests that must see it.
+WATCH = "nanovllm_core/training/watch.py"
 BUGS: dict[str, tuple[str, str, str, str]] = {
     # ------------------------------------------------------------ data
     "a token is its own target": (
@@ -213,7 +214,7 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     ),
     "ranks take the launcher's count of restarts for the name of their attempt": (
         "nanovllm_core/training/world.py",
-        "PrefixStore(meet(store, rank, size, MEETING), store)",
+        "PrefixStore(meet(store, rank, size, MEETING if size > count else MEETING_HERE), store)",
         'PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)',
         "tests/end_to_end/test_lost_ranks.py -k nodes",
     ),
@@ -224,14 +225,62 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
         "tests/training/test_world.py",
     ),
     "ranks whose launcher is gone go on": (
-        "nanovllm_core/training/watch.py",
-        "                self.hung(self.lonely)\n",
-        "                pass\n",
-        "tests/end_to_end/test_lost_ranks.py -k launcher_that_is_killed",
+        "nanovllm_core/training/world.py",
+        "        if launched():\n            end_with",
+        "        if False:\n            end_with",
+        "tests/end_to_end/test_lost_ranks.py -k early",
+    ),
+    "torch's own limit is the timeout": (
+        "nanovllm_core/training/world.py",
+        "                timeout=FOREVER,\n",
+        "                timeout=timedelta(seconds=watch.timeout),\n",
+        "tests/end_to_end/test_lost_ranks.py -k slow_disk",
+    ),
+    "work of a rank alone counts as a hang": (
+        WATCH,
+        "        at_work = not gone and any(",
+        "        at_work = False and any(",
+        "tests/training/test_watch.py -k alone",
+    ),
+    "time in which a process was suspended counts": (
+        WATCH,
+        "min(now - last, BREATH)",
+        "(now - last)",
+        "tests/training/test_watch.py -k did_not_run",
+    ),
+    "who goes on at the last moment is ended": (
+        WATCH,
+        "if not at_work and moves == self._moves and",
+        "if not at_work and",
+        "tests/training/test_watch.py -k last_moment",
+    ),
+    "nobody keeps an eye on the first of the next node": (
+        WATCH,
+        "            eye.add(here.stop % self.size)\n",
+        "            pass\n",
+        "tests/training/test_watch.py -k nobody_waits",
+    ),
+    "who has left is missed": (
+        WATCH,
+        '        if self.store.check([f"left/{rank}"]):\n            return None\n',
+        "",
+        "tests/training/test_watch.py -k left",
+    ),
+    "a store that does not answer is waited for": (
+        WATCH,
+        "> self.timeout + 2 * SILENT:",
+        "> 1e9:",
+        "tests/training/test_watch.py -k does_not_answer",
+    ),
+    "a launcher's second signal undoes the first's save": (
+        "nanovllm_core/interrupt.py",
+        "            if self.launched and number == signal.SIGTERM:\n",
+        "            if False:\n",
+        "tests/end_to_end/test_lost_ranks.py -k at_once",
     ),
     "a wrong recipe is tried again": (
         "nanovllm_core/launch.py",
-        "all(failure.exitcode != USER for failure in e.failures.values())",
+        "not any(failure.exitcode in NO_HELP for failure in e.failures.values())",
         "True",
         "tests/end_to_end/test_parallel.py -k told_once",
     ),
@@ -243,7 +292,7 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     ),
     "a rank's exception is told by the others too": (
         "nanovllm_core/training/world.py",
-        "        if not isinstance(error, NanoError):\n            self.may_speak()\n",
+        "        if not isinstance(error, NanoError | KeyboardInterrupt):\n            self.may_speak()\n",
         "",
         "tests/end_to_end/test_lost_ranks.py -k exception",
     ),

@@ -71,6 +71,7 @@ class _Analysis:
         self.lengths = array("Q")  # characters of each document
         self.files: dict[str, list[int]] = {s.name: [0, 0] for s, _ in plan.documents.known()}  # documents, characters
         self.skipped: list[Skipped] = []
+        self.undecodable: set[str] = set()
 
     def run(self, tokenizer: Tokenizer | None, progress: Progress | None) -> dict[str, Any]:
         pieces = self._measured(self.documents.walk(progress, self._tell))
@@ -98,7 +99,7 @@ class _Analysis:
                 {"path": name, "documents": n, "characters": size, "avg_length": size / n if n else 0.0}
                 for name, (n, size) in self.files.items()
             ],
-            "encodings": dict(Counter(_encoding(source) for source, _ in self.documents.known() if source.exists)),
+            "encodings": dict(Counter(map(self._encoding, (s for s, _ in self.documents.known() if s.exists)))),
             "duplicates": _duplicates(self.documents),
             "skipped": dict(counts.skipped),
             "skipped_records": [attrs.asdict(s) for s in self.skipped],
@@ -108,7 +109,14 @@ class _Analysis:
             "suggested": _suggested(tokens if tokenizer else self.lengths, bool(tokenizer)) if counts.documents else {},
         }
 
+    def _encoding(self, source: Source) -> str:
+        """By a file's first bytes, and by what was found wrong with later ones."""
+        found = _encoding(source)
+        return "no UTF-8" if source.name in self.undecodable and found in ("ascii", "utf-8") else found
+
     def _tell(self, skipped: Skipped) -> None:
+        if "UTF-8" in skipped.reason:
+            self.undecodable.add(skipped.source)
         if len(self.skipped) < LISTED:
             self.skipped.append(skipped)
 
@@ -192,11 +200,11 @@ def _suggested(lengths: array[int], exact: bool) -> dict[str, dict[str, Any]]:
     """Keys of `data` that suit these documents, each with its reason."""
     import numpy as np
 
-    tokens = np.array(lengths, np.uint64) // (1 if exact else CHARACTERS_A_TOKEN)
+    tokens = -(-np.array(lengths, np.int64) // (1 if exact else CHARACTERS_A_TOKEN))
     most = int(np.percentile(tokens, 95, method="lower"))
     wanted = 1 << max(0, most - 1).bit_length()
     length = min(LONGEST, max(SHORTEST, wanted))
-    why = f"95 % of the documents have at most {most:,} tokens"
+    why = f"{(tokens <= most).mean():.0%} of the documents have at most {most:,} tokens"
     if not exact:
         why += f", at about {CHARACTERS_A_TOKEN} characters a token"
     if wanted > LONGEST:
@@ -211,7 +219,7 @@ def _suggested(lengths: array[int], exact: bool) -> dict[str, dict[str, Any]]:
         "chunk_overlap": {"value": overlap, "why": because},
         "min_chunk_size": {
             "value": min(100, length // 4),
-            "why": "a shorter rest joins the chunk before it, for context",
+            "why": "a shorter rest is made that long by tokens before it, for context",
         },
     }
 

@@ -65,9 +65,12 @@ def resolve(name: str, *, weights: bool = True) -> Path:
         fetched = Path(snapshot_download(name, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        said = (
+            _nearest(name)
+            or f". Fetch it on a connected machine with `hf download {name}`, or name a folder with the model"
+        )
         raise ModelError(
-            f"{name}: not a folder here, not in the Hugging Face cache, and the hub did not give it ({reason}){_nearest(name)}. "
-            f"Fetch it on a connected machine with `hf download {name}`, or name a folder that holds the model"
+            f"{name}: not a folder here, not in the Hugging Face cache, and the hub did not give it ({reason}){said}"
         ) from e
     if lacking := _lacking(fetched, weights):
         raise ModelError(

@@ -18,11 +18,8 @@ from pathlib import Path
 from nanovllm_core.errors import RefusedError
 from nanovllm_core.training.launched import AGAIN
 
-NO_HELP = {
-    2,
-    128 + signal.SIGINT,
-    128 + signal.SIGTERM,
-}  # exit codes of ranks whose user must mend something, or has stopped
+NO_HELP = frozenset((2, 128 + signal.SIGINT, 128 + signal.SIGTERM))
+"""Exit codes of ranks whose user must mend something, or has stopped them."""
 ENOUGH = 10.0  # seconds that a rank may be stopped while another has ended
 LAUNCHER = "NANOVLLM_LAUNCHER"  # in a rank's environment: the process that started it
 

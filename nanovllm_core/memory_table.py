@@ -48,7 +48,8 @@ def estimate_data(plan: Plan) -> dict[str, Any]:
 def out_of_memory(plan: Plan, error: BaseException) -> TrainingError | None:
     """What to tell of an error that says that memory ran out, and what needs less; None for any other error."""
     text = str(error)
-    if type(error).__name__ != "OutOfMemoryError" and not any(mark in text for mark in ALLOCATORS):
+    of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not of_memory and not any(mark in text for mark in ALLOCATORS):
         return None
     train, data = plan.recipe.train, plan.recipe.data
     rows, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
@@ -65,7 +66,7 @@ def out_of_memory(plan: Plan, error: BaseException) -> TrainingError | None:
     return TrainingError(
         f"out of memory on {plan.machine.device}: the estimate was {size_text(plan.memory.total)}, "
         f"{size_text(plan.machine.memory)} were free when the run began. In this order: {'; '.join(cures)}. "
-        f"`nanovllm estimate` says what each would need. (torch: {' '.join(text.split())[:200]})"
+        f"`nanovllm estimate` says what each would need. ({type(error).__name__}: {' '.join(text.split())[:200]})"
     )
 
 

@@ -59,7 +59,7 @@ class Data:
     concatenate_documents: join all documents into one stream before cutting, instead of cutting each by itself
     document_separator: text between documents when they are joined
     chunk_overlap: tokens that a chunk repeats from the one before; null: 128, or a quarter of max_seq_length if less
-    min_chunk_size: tokens; a shorter rest joins the chunk before it
+    min_chunk_size: tokens; where the rest of a document is shorter, its last chunk begins earlier, with context
     train_on_overlap: train tokens that two chunks share in both; otherwise the second has them as context only
     eval_fraction: share of the documents held out for evaluation; 0 turns evaluation off
     eval_max_tokens: an evaluation measures at most about this much of them, whole documents; null: all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class TrainingConfig:
     """
 
     def __init__(self, **given: Any) -> None:
-        self.__dict__["_given"] = {key: list(v) if isinstance(v, tuple) else v for key, v in given.items()}
+        self.__dict__["_given"] = {key: _plain(v) for key, v in given.items()}
         self.recipe()
 
     @classmethod
@@ -68,7 +69,7 @@ class TrainingConfig:
 
     def __setattr__(self, key: str, value: Any) -> None:
         before = self._given
-        self.__dict__["_given"] = {**before, key: value}
+        self.__dict__["_given"] = {**before, key: _plain(value)}
         try:
             self.recipe()
         except RecipeError:
@@ -85,3 +86,7 @@ class TrainingConfig:
 
     def __repr__(self) -> str:
         return f"TrainingConfig({', '.join(f'{k}={v!r}' for k, v in self._given.items())})"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else os.fspath(value) if isinstance(value, os.PathLike) else value

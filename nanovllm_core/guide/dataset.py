@@ -50,7 +50,7 @@ class MultiDocumentDataset(torch.utils.data.Dataset[dict[str, Any]]):
     concatenate_documents: cut all documents as one stream, with `document_separator` between, instead of each by itself
     chunk_overlap: tokens that a chunk repeats from the one before, where they are context and not trained; None: 128, or a
       quarter of max_length if that is less
-    min_chunk_size: tokens; a shorter rest joins the chunk before it
+    min_chunk_size: tokens; where the rest of a document is shorter, its last chunk begins earlier, with context
     train_on_overlap: train repeated tokens in both chunks
 
     Raises DataError when there is no document, or one cannot be read.
@@ -73,6 +73,8 @@ class MultiDocumentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """`stored`, `numbers`: tokens that are there already, and which documents of them (`prepare_datasets`)."""
         if max_length < 3:
             raise DataError(f"MultiDocumentDataset: max_length: got {max_length}, at least 3")
+        if min_chunk_size < 1:
+            raise DataError(f"MultiDocumentDataset: min_chunk_size: got {min_chunk_size}, at least 1")
         overlap = overlap_of(chunk_overlap, max_length).value
         if not 0 <= overlap < max_length - 1:
             raise DataError(
@@ -136,6 +138,8 @@ def prepare_datasets(
 
     A single document is not split: nothing is held out then. `options` are MultiDocumentDataset's.
     """
+    if not 0 <= eval_fraction < 1:
+        raise DataError(f"prepare_datasets: eval_fraction: got {eval_fraction}, at least 0 and below 1")
     stored = _stored(data_path, tokenizer)
     out = held_out(stored.store.contents, eval_fraction, seed)
     sides = (kept(len(stored.store), out), out)

@@ -30,7 +30,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog=prog, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    made.add_argument("--config", metavar="FILE", help="a JSON file of the keys below")
+    made.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a JSON file of the keys below; of several the last says",
+    )
     made.add_argument("--print-recipe", action="store_true", help="print the recipe that this means, and do nothing")
     add_flags(made)
     keys = made.add_argument_group("keys")
@@ -50,8 +56,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def config_of(args: argparse.Namespace) -> Text:
     """The configuration of file and flags together. Raises RecipeError."""
-    text = config_text(args.config) if args.config is not None else Text({}, "nanovllm train")
-    data, places, keys = dict(text.data), dict(text.places), dict(text.keys)
+    data, places, keys = {}, {}, {}
+    for file in args.config:
+        text = config_text(file)
+        data.update(text.data)
+        places.update(text.places)
+        keys.update(text.keys)
     for key, meaning in TABLE.items():
         given = getattr(args, key)
         if given is None:
@@ -59,7 +69,7 @@ def config_of(args: argparse.Namespace) -> Text:
         text_only = meaning.type is str or (is_union(meaning.type) and str in get_args(meaning.type))
         data[key] = given if text_only else parse(given, f"--{key}").data
         places[(key,)] = keys[(key,)] = Place(f"--{key}")
-    return Text(data, text.file, places, keys)
+    return Text(data, " ".join(args.config) or "nanovllm train", places, keys)
 
 
 def parsed(argv: Sequence[str], prog: str) -> argparse.Namespace:

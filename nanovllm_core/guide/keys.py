@@ -93,6 +93,10 @@ def recipe_of(text: Text, base: Path) -> Recipe:
         if key in known and key not in MEANT:
             out.put(tuple(known[key].recipe.split(".")), flat[key], key)
     out.give(flat, "dataset_path", ("data", "path"))
+    if (workers := flat.get("dataloader_num_workers")) is not None and workers < 0:
+        raise RecipeError(
+            f"{text.place(('dataloader_num_workers',))}: dataloader_num_workers: got {workers}, at least 0"
+        )
     out.give(flat, "dataloader_num_workers", ("data", "workers"), lambda n: max(1, n))
     out.give(flat, "output_dir", ("output_dir",))
     _model(out, flat)
@@ -101,8 +105,13 @@ def recipe_of(text: Text, base: Path) -> Recipe:
 
 
 def of_one_road(text: Text) -> None:
-    """Raises RecipeError for keys of a new model in a configuration that does not ask for one."""
+    """Raises RecipeError for keys of a new model in a configuration that does not ask for one, or of both roads."""
     if text.data.get("train_from_scratch"):
+        if text.data.get("model_name_or_path") is not None:
+            raise RecipeError(
+                f"{text.key_place(('model_name_or_path',))}: model_name_or_path is a pretrained model, and train_from_scratch asks "
+                "for a new one: leave one of the two out"
+            )
         return
     for key in ("model_size", "vocab_size"):
         if text.data.get(key) is not None:
@@ -166,7 +175,9 @@ def _parallel(out: _Recipe, flat: Mapping[str, Any]) -> None:
         if (value := flat.get(key)) is not None and value < 1:
             raise RecipeError(f"{out.text.place((key,))}: {key}: got {value}, at least 1")
     key = "tensor_parallel_size" if tensor is not None else "data_parallel_size"
-    if data is not None and (data > 1 or (tensor or 1) > 1):
+    if data == 1 and (tensor or 1) == 1:
+        out.put(("parallel",), "single", key)
+    elif data is not None:
         out.put(("parallel",), {"use": "mesh", "data": data, "tensor": tensor or 1}, key)
     elif tensor is not None and tensor > 1:
         out.put(("parallel",), {"use": "tensor", "size": tensor}, key)

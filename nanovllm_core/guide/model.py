@@ -58,9 +58,13 @@ class CausalLM(nn.Module):
     ) -> Output:
         """The mean loss over the labels that are not -100, each predicted from the ids before it in its row.
 
+        What is on another device than the model is brought there.
         Without labels, or with `return_logits`, also logits [rows, tokens, vocabulary]; zeros where the mask is 0.
         Raises ModelError for shapes that do not fit, or rows that are longer than the model allows.
         """
+        place = self.device
+        input_ids = input_ids.to(place)
+        attention_mask, labels = (None if x is None else x.to(place) for x in (attention_mask, labels))
         real, batch = _packed(input_ids, attention_mask, self.shape.max_positions)
         tokens, out = input_ids[real], Output()
         if labels is not None:

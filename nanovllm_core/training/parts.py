@@ -177,11 +177,11 @@ def load_optimizer(
             value = saved.pop(f"{key}:{name}")
             if value is None:
                 break
-            wanted = torch.Size() if key == "step" else parameter.shape
-            if value.shape != wanted or value.dtype != torch.float32:
+            wanted, kind = (torch.Size(), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)
+            if value.shape != wanted or value.dtype != kind:
                 raise CheckpointError(
                     f"{folder}: {key} of {name} is {list(value.shape)} in {value.dtype}, this model needs {list(wanted)} in "
-                    "torch.float32; it belongs to another model"
+                    f"{kind}; it belongs to another model"
                 )
             device = local(parameter).device
             if key == "step":

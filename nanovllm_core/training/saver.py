@@ -50,6 +50,7 @@ class Saver:
     saved: Callable[[int, Path], None]
     free: Callable[[], int]
     resumed: Path | None = None  # where this process went on from
+    mine: Callable[[Path], bool] = lambda folder: True  # whether a checkpoint may be pruned
     world: World = ALONE  # of several ranks the first keeps the folder, each writes its part
     best: str | None = None
     best_loss: float | None = None
@@ -145,7 +146,7 @@ class Saver:
         last = int(
             latest.name.partition("-")[2]
         )  # newer ones were passed over as damaged: they take no sound one's place
-        paths = [p for step, p in numbered(self.root) if step <= last]
+        paths = [p for step, p in numbered(self.root) if step <= last and self.mine(p)]
         kept = {latest.name, self.best, self.resumed.name if self.resumed else None}
         kept.update(p.name for p in paths[-self.limit :])
         for path in (p for p in paths if p.name not in kept):

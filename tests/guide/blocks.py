@@ -14,7 +14,6 @@ import ast
 import builtins
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -26,14 +25,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
-GUIDE = HERE / "guide.md"
-MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.8B", "Qwen/Qwen3-7B")  # the last two stand in the guide alone
-FOLDERS = (
-    "documents", "research_papers", "medical_documents", "legal_docs", "legal_cases", "company_docs", "chemistry_papers",
-    "your_data", "my_documents",
-)  # fmt: skip
+sys.path.insert(0, str(HERE))
 
+from place import FOLDERS, fill, prepare  # noqa: E402
+
+GUIDE = HERE / "guide.md"
 PRELUDE = {  # what a block may leave free -> (what that needs, how it is defined)
     "TrainingConfig": ((), "from nanovllm import TrainingConfig"),
     "Trainer": ((), "from nanovllm import Trainer"),
@@ -55,10 +51,11 @@ NEEDED = {"MultiDocumentDataset": {"data_path": "'./documents'", "tokenizer": "t
 CONFIG = {"model_name_or_path": "Qwen/Qwen3-0.6B", "dataset_path": "./documents", "max_seq_length": 512}
 
 
-def blocks() -> list[dict[str, Any]]:
-    """Number, line, section, language and text of each block."""
-    found, section, inside = [], "", None
-    for number, line in enumerate(GUIDE.read_text(encoding="utf-8").splitlines(), 1):
+def blocks(page: Path = GUIDE) -> list[dict[str, Any]]:
+    """Number, line, section, language and text of each block, and the configuration that its section gave before it."""
+    found: list[dict[str, Any]] = []
+    section, inside = "", None
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if fence := re.match(r"```(\w*)", line):
             if inside is None:
                 inside = {
@@ -69,77 +66,19 @@ def blocks() -> list[dict[str, Any]]:
                     "text": "",
                 }
             else:
-                found.append(inside)
+                before = found[-1] if found and found[-1]["section"] == section else {}
+                given = (
+                    json.loads(before["text"])
+                    if inside["language"] == "bash" and before.get("language") == "json"
+                    else {}
+                )
+                found.append({**inside, "given": given})
                 inside = None
         elif inside is not None:
             inside["text"] += line + "\n"
         elif line.startswith("#"):
             section = line.lstrip("# ")
     return found
-
-
-# ---------------------------------------------------------------- the folder
-
-
-def prepare(place: Path) -> None:
-    """What every block finds: a cache of models, once."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        text(random.Random(1), 4000).split("."), trainers.BpeTrainer(
-            vocab_size=512, special_tokens=["<|endoftext|>", "<|pad|>"], initial_alphabet=alphabet, show_progress=False
-        )
-    )  # fmt: skip
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|pad|>")
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=16, max_position_embeddings=8192, tie_word_embeddings=True,
-        eos_token_id=0, bos_token_id=None, pad_token_id=1,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
-    for name in MODELS:
-        root = place / "hub" / f"models--{name.replace('/', '--')}"
-        snapshot = root / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
-        (root / "refs").mkdir(parents=True)
-        (root / "refs" / "main").write_text(snapshot.name)
-        model.save_pretrained(snapshot)
-        tokenizer.save_pretrained(snapshot)
-
-
-WORDS = (
-    "river", "court", "ruling", "patient", "dose", "compound", "reaction", "theorem", "ledger", "invoice", "meeting",
-    "protocol", "notes", "evidence",
-)  # fmt: skip
-
-
-def text(draw: random.Random, words: int) -> str:
-    """Sentences of made-up prose."""
-    said = [draw.choice(WORDS) for _ in range(words)]
-    return " ".join(word + ("." if i % 9 == 8 else "") for i, word in enumerate(said)) + "."
-
-
-def fill(folder: Path) -> None:
-    """Documents of every format under each path, and train.py."""
-    draw = random.Random(7)
-    for name in FOLDERS:
-        place = folder / name / "notes"
-        place.mkdir(parents=True)
-        for i in range(3):
-            (place / f"{i}.txt").write_text(text(draw, 150))
-        (folder / name / "articles.jsonl").write_text(
-            "".join(json.dumps({key: text(draw, 60)}) + "\n" for key in ("text", "content"))
-            + json.dumps({"input": "What is the dose?", "output": text(draw, 8)}) + "\n"
-        )  # fmt: skip
-        (folder / name / "papers.json").write_text(json.dumps([{"text": text(draw, 80)}, {"body": text(draw, 80)}]))
-    (folder / "data").mkdir()
-    (folder / "data" / "train.jsonl").write_text("".join(json.dumps({"text": text(draw, 90)}) + "\n" for _ in range(6)))
-    shutil.copy(REPOSITORY / "train.py", folder)
 
 
 # ---------------------------------------------------------------- what a block means
@@ -167,11 +106,13 @@ def command(block: dict[str, Any], folder: Path) -> tuple[list[str], list[str]]:
         for name in FOLDERS:
             if f"mkdir {name}" in kept:
                 shutil.rmtree(folder / name)
+        if kept.count("\npython train.py") > 1:  # each trains, where the next would find the first one's result
+            kept = kept.replace("\npython train.py", "\nrm -rf checkpoints; python train.py")
         flags = [line for line in kept.splitlines() if line.startswith("--")]
         for name in ("config.json", "finetune_config.json", "scratch_config.json"):
             if name in kept and f"cat > {name}" not in kept:
                 scratch = {"model_name_or_path": None, "model_size": "tiny"} if name.startswith("scratch") else {}
-                config = {**CONFIG, **scratch}
+                config = {**CONFIG, **scratch, **block["given"]}
                 (folder / name).write_text(json.dumps(config))
                 added.append(f"{name}: {config}")
         if flags:
@@ -197,6 +138,23 @@ def command(block: dict[str, Any], folder: Path) -> tuple[list[str], list[str]]:
         start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "train.py"]
         added.append(f"started by torchrun with {ranks} processes")
     return [*start, "--config", "config.json"], added
+
+
+def expected(block: dict[str, Any]) -> list[str]:
+    """What it must print, beside ending well."""
+    text = block["text"]
+    trains = (
+        "train.py" in text
+        or ".train()" in text
+        or text.startswith(("--", "# Reduce", "# Increase", "# Adjust learning"))
+    )
+    trains |= block["language"] == "json" and "_size" in text
+    return [
+        *(["saved checkpoint-"] if trains else []),
+        *(["suggested "] if "--analyze_documents" in text or '"analyze_documents": true' in text else []),
+        *(["Perplexity: "] if "Perplexity" in text else []),
+        *(["Estimated memory: "] if "Estimated memory" in text else []),
+    ]
 
 
 def completed_python(source: str) -> tuple[str, list[str]]:
@@ -251,7 +209,7 @@ def run(block: dict[str, Any], cache: Path, place: Path) -> dict[str, Any]:
     }  # fmt: skip
     began = time.perf_counter()
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    ok = done.returncode == 0
+    ok = done.returncode == 0 and all(word in done.stdout for word in expected(block))
     shutil.rmtree(folder, ignore_errors=ok)
     tail = "" if ok else (done.stdout[-1500:] + done.stderr[-3000:])
     return {

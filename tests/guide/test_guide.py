@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nanovllm import TrainingConfig
 from nanovllm_core.cli import main
@@ -130,6 +131,7 @@ def test_a_configuration_is_an_object():
         ({"learning_rate": "fast"}, "learning_rate: got 'fast', expected number"),
         ({"model_size": 3}, "model_size: got 3, expected string or null"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size: got 0, at least 1"),
+        ({"dataloader_num_workers": -3}, "dataloader_num_workers: got -3, at least 0"),
         ({"train_from_scratch": "yes"}, "train_from_scratch: got 'yes', expected true or false"),
     ],
 )
@@ -138,9 +140,43 @@ def test_what_cannot_be_is_told(given, told):
         TrainingConfig(**given)
 
 
+def test_all_blocks_have_been_run():
+    told = json.loads(max((REPOSITORY / "benchmarks" / "results").glob("guide-*.json")).read_text(encoding="utf-8"))
+    idle = {b["number"] for b in blocks.blocks() if blocks.idle(b)}
+    ran = {row["number"] for row in told["blocks"] if row["outcome"] == "ran"}
+    assert ran == {b["number"] for b in blocks.blocks()} - idle
+
+
+def test_flags_go_over_files_and_the_recipe_is_printed(tmp_path, capsys):
+    for name, given in (("a", {"learning_rate": 1e-4, "seed": 1}), ("b", {"seed": 2, "chunk_overlap": 7})):
+        (tmp_path / name).write_text(json.dumps(given))
+    files = ["--config", str(tmp_path / "a"), "--config", str(tmp_path / "b")]
+    assert main(["train", *files, "--learning_rate", "3e-4", "--print-recipe"]) == 0
+    recipe = yaml.safe_load(capsys.readouterr().out)
+    assert (recipe["train"]["learning_rate"], recipe["train"]["seed"]) == (3e-4, 2)
+    assert recipe["data"]["chunk_overlap"] == 7
+
+
+def test_code_of_the_page_runs(tmp_path):
+    blocks.prepare(tmp_path / "cache")
+    found = [b for b in blocks.blocks(DOCS / "guide.md") if b["language"] == "python"]
+    assert len(found) == 4
+    (tmp_path / "work").mkdir()
+    for block in found:
+        told = blocks.run(block, tmp_path / "cache", tmp_path / "work")
+        assert told["outcome"] == "ran", told
+        assert "completed" not in told, told
+
+
 def test_keys_of_a_new_model_are_refused_where_none_is_asked_for(capsys):
     assert main(["train", "--model_size", "small", "--print-recipe"]) == 2
     assert "--model_size: model_size is of a new model; set train_from_scratch" in capsys.readouterr().err
+    assert main(["train", "--train_from_scratch", "--model_name_or_path", "x", "--print-recipe"]) == 2
+    assert "and train_from_scratch asks for a new one: leave one of the two out" in capsys.readouterr().err
+
+
+def test_one_copy_is_one_process():
+    assert TrainingConfig(data_parallel_size=1).recipe().to_data()["parallel"] == "single"
 
 
 def test_a_file_is_told_with_its_place(tmp_path):

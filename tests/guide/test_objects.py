@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import random
 import subprocess
 import sys
 
@@ -16,57 +15,14 @@ from nanovllm.training import (
     CustomTokenizer,
     MultiDocumentDataset,
     collate,
-    create_model_from_scratch,
     create_optimizer,
     create_scheduler,
     prepare_datasets,
 )  # fmt: skip
-from nanovllm.training.checkpoint import CheckpointManager
 from nanovllm.training.evaluation import evaluate_model
 from nanovllm.training.memory import estimate_training_memory
 from nanovllm_core.contracts import IGNORE
-from nanovllm_core.errors import CheckpointError, DataError, ModelError, OptionError, RecipeError, TrainingError
-
-WORDS = [
-    "river",
-    "stone",
-    "light",
-    "wind",
-    "harbour",
-    "letter",
-    "morning",
-    "engine",
-    "garden",
-    "winter",
-    "silver",
-    "paper",
-]
-
-
-@pytest.fixture(scope="module")
-def docs(tmp_path_factory):
-    draw, folder = random.Random(3), tmp_path_factory.mktemp("docs")
-    for i in range(8):
-        (folder / f"{i}.txt").write_text(" ".join(draw.choice(WORDS) for _ in range(40 + 20 * i)) + ".")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(docs):
-    return create_model_from_scratch(docs, "tiny", 300)
-
-
-@pytest.fixture(scope="module")
-def folder(made, tmp_path_factory):
-    model, tokenizer, _ = made
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path, tokenizer)
-    return path
-
-
-@pytest.fixture
-def batch(docs, made):
-    return collate([MultiDocumentDataset(docs, made[1], 64)[i] for i in (0, 3, 5)], pad_id=1)
+from nanovllm_core.errors import DataError, ModelError, OptionError, RecipeError, TrainingError
 
 
 def test_a_new_model_and_its_figures(docs, made):
@@ -174,6 +130,14 @@ def test_documents_are_on_one_side(docs, made):
     assert len(sides[0] | sides[1]) == 8
     assert not sides[0] & sides[1]
     assert len(held.documents) == 2
+    others = {
+        frozenset(d["source_file"] for d in prepare_datasets(docs, made[1], 64, eval_fraction=0.3, seed=s)[1].documents)
+        for s in range(6)
+    }
+    assert len(others) > 1
+    for share in (1, -0.1):
+        with pytest.raises(DataError, match="eval_fraction: got"):
+            prepare_datasets(docs, made[1], 64, eval_fraction=share)
 
 
 def test_a_schedule_is_that_of_a_run(made):
@@ -188,6 +152,7 @@ def test_a_schedule_is_that_of_a_run(made):
         scheduler.step()
     wanted = [1 / 3, 2 / 3] + [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
     assert rates == pytest.approx([1e-2 * w for w in wanted])
+    assert create_optimizer(made[0], beta1=0.8, beta2=0.9).param_groups[0]["betas"] == (0.8, 0.9)
     with pytest.raises(OptionError, match="got 'cosin', allowed: cosine, linear, constant, wsd"):
         create_scheduler(optimizer, "cosin")
 
@@ -208,52 +173,6 @@ def test_an_evaluation_does_not_depend_on_the_batches(docs, made, folder):
         assert one.bits_per_byte == pytest.approx(one.loss * one.tokens / math.log(2) / size, rel=0.02)
     with pytest.raises(TrainingError, match="no label"):
         evaluate_model(model, tokenizer, [])
-
-
-def steps(model, optimizer, scheduler, data, numbers):
-    losses = []
-    for n in numbers:
-        loss = model(**collate([data[n % len(data)]]))["loss"]
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-@pytest.mark.parametrize("whose", ["ours", "transformers"])
-def test_a_loop_goes_on_from_its_checkpoint(docs, made, folder, tmp_path, whose):
-    def fresh():
-        if whose == "ours":
-            return create_model_from_scratch(docs, "tiny", 300)[0]
-        return AutoModelForCausalLM.from_pretrained(folder)
-
-    def parts(model):
-        optimizer = create_optimizer(model, learning_rate=1e-3)
-        return model, optimizer, create_scheduler(optimizer, "linear", 2, 12)
-
-    data, manager = MultiDocumentDataset(docs, made[1], 48), CheckpointManager(tmp_path, save_total_limit=2)
-    own = parts(fresh())
-    first = steps(*own, data, range(4))
-    assert first[-1] < first[0]
-    saved = manager.save_checkpoint(
-        *own, made[1], step=4, epoch=1, loss=2.5, config=TrainingConfig(seed=7), is_best=True
-    )
-    wanted = steps(*own, data, range(4, 8))
-    other = parts(fresh())
-    told = manager.load_checkpoint(*other)
-    assert (told["step"], told["epoch"], told["loss"], told["path"]) == (4, 1.0, 2.5, saved)
-    assert steps(*other, data, range(4, 8)) == wanted
-    assert '"seed": 7' in (saved / "training_config.json").read_text()
-    assert len(LLM(saved).generate(["the river"], SamplingParams(max_tokens=4, temperature=0))[0]["token_ids"]) <= 4
-    for step in (8, 9, 10):
-        manager.save_checkpoint(*own, made[1], step=step, loss=3.0)
-    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-9", "checkpoint-10"}
-    assert (manager.latest.name, manager.best.name) == ("checkpoint-10", "checkpoint-4")
-    assert manager.load_checkpoint(fresh(), best=True)["step"] == 4
-    with pytest.raises(CheckpointError, match="no sound checkpoint"):
-        CheckpointManager(tmp_path / "empty").load_checkpoint(own[0])
 
 
 MEASURED = """
@@ -311,6 +230,58 @@ if __name__ == "__main__":
 """
 
 
+def test_a_finished_run_tells_what_it_came_to(docs, folder, tmp_path):
+    config = TrainingConfig(
+        model_name_or_path=folder,
+        dataset_path=docs,
+        output_dir=tmp_path,
+        max_seq_length=64,
+        max_steps=2,
+        learning_rate=1e-3,
+    )
+    first, again = (Trainer.from_pretrained(config).train() for _ in range(2))
+    assert first.steps == again.steps == 2
+    assert again.metrics["eval_loss"] == first.metrics["eval_loss"]
+
+
+STOPPED = """
+import os, signal, threading
+from nanovllm import Trainer, TrainingConfig
+from nanovllm_core import hookimpl
+from nanovllm_core.errors import Interrupted
+
+class Stop:
+    @hookimpl
+    def step_done(self, step, metrics):
+        if step == 4:
+            os.kill(os.getpid(), signal.{signal})
+
+config = TrainingConfig(
+    model_size="tiny", vocab_size=300, dataset_path="docs", output_dir="own", max_seq_length=64, num_train_epochs=500,
+    logging_steps=1, learning_rate=1e-3, eval_fraction=0,
+)
+try:
+    Trainer.from_scratch(config, callbacks=[Stop()]).train()
+except Interrupted as e:
+    print("interrupted:", e)
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_says_how_to_go_on(docs, tmp_path, number):
+    (tmp_path / "docs").symlink_to(docs)
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED.replace("{signal}", number)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "interrupted: stopped; the same command goes on from checkpoint-" in done.stdout, done.stdout + done.stderr
+    assert len(list((tmp_path / "own").glob("checkpoint-*"))) == 1
+
+
 def test_a_trainer_of_several_ranks_speaks_once(docs, tmp_path):
     (tmp_path / "docs").symlink_to(docs)
     (tmp_path / "train_own.py").write_text(SCRIPT)
@@ -321,7 +292,7 @@ def test_a_trainer_of_several_ranks_speaks_once(docs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("documents") >= 1
     assert done.stdout.count("suggested") == 1, done.stdout
-    assert done.stdout.count("trained 2") == 1, done.stdout
+    assert done.stdout.count("trained 2") == 2, done.stdout
 
 
 def test_a_trainer_names_what_is_missing(docs):

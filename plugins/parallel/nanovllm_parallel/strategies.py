@@ -129,7 +129,10 @@ def _laid_out(
     product = (data or 1) * (shard or 1) * tensor
     rest, over = divmod(request.world_size, product)
     if over or (rest > 1 and data is not None and shard is not None):
-        return Refuse(f"{data or 1} x {shard or 1} x {tensor} does not make up {request.world_size} processes")
+        return Refuse(
+            f"{data or 1} x {shard or 1} x {tensor} does not make up {request.world_size} processes; start as many as that "
+            "makes (--nproc, torchrun)"
+        )
     if tensor > 1 and (why := _uneven(request, tensor)):
         return Refuse(why)
     replicas = data or (rest if shard is not None else 1)
