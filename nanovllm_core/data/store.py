@@ -55,6 +55,9 @@ class Store:
     def __len__(self) -> int:
         return len(self.documents)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.folder, self.meta)  # another process maps the files itself
+
     @property
     def sources(self) -> list[str]:
         """Names of the sources, by number; read when first asked for."""

@@ -36,6 +36,9 @@ class _Stored:
     tokenizer: Tokenizer
     place: Any
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Stored, (self.store, self.tokenizer, None)  # the process that made the files keeps them
+
 
 def _stored(path: str | Path, tokenizer: Any, **data: Any) -> _Stored:
     own, plan = ready(tokenizer), documents_of(path, **data)

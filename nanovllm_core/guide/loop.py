@@ -58,7 +58,9 @@ class Metrics:
 
     loss: float  # mean over all tokens that are predicted, in nats
     perplexity: float
-    bits_per_byte: float  # of the predicted text in UTF-8; NaN without a tokenizer
+    bits_per_byte: (
+        float  # of the predicted text in UTF-8, a character that a chunk cuts counted twice; NaN without a tokenizer
+    )
     tokens: int
 
 

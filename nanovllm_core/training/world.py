@@ -174,9 +174,8 @@ class World:
         if isinstance(error, Elsewhere):
             told = {"text": str(error), "lost": error.lost}
         elif isinstance(error, KeyboardInterrupt):
-            told = {
-                "text": "" if self.first else f"rank {self.rank} was told to stop"
-            }  # the first tells the user itself
+            text = "" if self.first else f"rank {self.rank} was told to stop"  # the first tells the user itself
+            told = {"text": text, "lost": True}
         elif isinstance(error, NanoError):
             told = {"text": f"rank {self.rank}: {error}"}
         else:

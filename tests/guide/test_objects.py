@@ -113,6 +113,13 @@ def test_samples_hold_every_token_and_train_it_once(docs, folder, joined):
         data[len(data)]
 
 
+def test_a_data_set_is_read_by_processes(docs, made):
+    data = MultiDocumentDataset(docs, made[1], 48)
+    whole = [batch["input_ids"] for batch in DataLoader(data, 2, collate_fn=collate)]
+    spawned = DataLoader(data, 2, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
+    assert all(torch.equal(a["input_ids"], b) for a, b in zip(spawned, whole, strict=True))
+
+
 def test_what_a_data_set_cannot_be_is_told(docs, made):
     with pytest.raises(DataError, match="chunk_overlap: got 31, allowed: 0 to 30"):
         MultiDocumentDataset(docs, made[1], 32, chunk_overlap=31)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanovllm_core.errors import DataError, ModelError
 
@@ -43,6 +43,12 @@ class FastTokenizer:
         self.special_texts = tuple(t.content for t in added if t.special)
         parts = [backend.to_str(), self.prefix_ids, self.end_id, template]
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def encode(self, texts: Sequence[str], *, markup: bool = False) -> list[list[int]]:
         """Ids of each text, without prefix or end. Raises DataError for half surrogate pairs."""
