@@ -104,7 +104,7 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     "the position is off by one": (JOB, "position=trainer.position,", "position=trainer.position + 1,", RUN),
     "the best is pruned": (SAVER, "latest.name, self.best, self", "latest.name, self", SAVED),
     "the one gone on from is pruned": (SAVER, "self.resumed.name if self.resumed else None", "None", SAVED),
-    "damaged newer ones take the place of sound ones": (SAVER, " if step <= last]", "]", SAVED),
+    "damaged newer ones take the place of sound ones": (SAVER, " if step <= last and", " if", SAVED),
     "the best is forgotten on going on": (SAVER, "if found := best(", "if found := (lambda *a: None)(", SAVED),
     "pointers are not mended on going on": (SAVER, "            self._point(self.resumed)\n", "", CORRUPT),
     "the later of two equal losses is the best": (SAVER, "loss < self.best_loss", "loss <= self.best_loss", SAVED),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import threading
 import time
@@ -51,6 +52,7 @@ class Word:
     doing: str = ""
     alone: bool = True
     process: int = 0
+    place: str = ""  # where that number means this process
 
 
 @define(eq=False)
@@ -77,6 +79,7 @@ class Watch:
     _answered: float = 0.0  # when the store last did
     _heard: dict[int, tuple[Word, float]] = field(factory=dict)  # rank -> its last word, and when that was new
     _over: threading.Event = field(factory=threading.Event)
+    _place: str = field(factory=lambda: _place())
 
     def start(self) -> None:
         """Say a word twice a second from now on, for as long as the process lives or until `stop`."""
@@ -104,12 +107,12 @@ class Watch:
         return {rank: word.doing for rank, word in gone.items()}
 
     def dead(self) -> dict[int, str]:
-        """Ranks of this node whose process is no more though they have not left, and what they did last."""
+        """Ranks of this node (and machine) whose process is no more though they have not left, and what they did last."""
         words = {rank: self._word(rank) for rank in self.node if rank != self.rank}
         return {
             rank: word.doing
             for rank, word in words.items()
-            if word is not None and word.process and _gone(word.process)
+            if word is not None and word.place == self._place and _gone(word.process)
         }
 
     def _others(self) -> list[int]:
@@ -178,7 +181,7 @@ class Watch:
     # ------------------------------------------------------------ words
 
     def _say(self, beat: int) -> None:
-        word = [beat, self._moves, self._doing, self._alone, os.getpid()]
+        word = [beat, self._moves, self._doing, self._alone, os.getpid(), self._place]
         self.store.set(f"beat/{self.rank}", json.dumps(word))
         self.store.check([f"beat/{self.rank}"])
         self._answered = self._clock
@@ -203,10 +206,19 @@ class Watch:
         return gone
 
     def _end(self, rank: int, word: Word) -> None:
-        """On this node: torchrun would wait for it, and SIGTERM does nothing to what is frozen."""
-        if rank in self.node and rank != self.rank and word.process:
+        """On this machine: torchrun would wait for it, and SIGTERM does nothing to what is frozen."""
+        if rank != self.rank and word.place == self._place:
             with suppress(OSError):
                 os.kill(word.process, signal.SIGKILL)
+
+
+def _place() -> str:
+    """This machine, and on it the space of process numbers: containers have their own."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()
 
 
 def _gone(process: int) -> bool:

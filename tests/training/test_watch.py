@@ -1,5 +1,8 @@
 """Who is named when ranks wait for one another: several watches in one process, each a rank, with real words between them."""
 
+import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -96,6 +99,19 @@ def test_time_in_which_this_process_did_not_run_does_not_count(monkeypatch):
             watch.at("step 2", alone=True)
         time.sleep(1)
         assert not them.told
+
+
+def test_process_numbers_of_another_machine_mean_nothing_here(monkeypatch):
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    with Ranks(monkeypatch, 2) as them:
+        them.ranks[1].stop()
+        time.sleep(0.2)
+        for place, dead in ((them.ranks[0]._place, {1: "step 1"}), ("elsewhere", {})):
+            word = [1, 1, "step 1", False, int(gone.stdout), place]
+            them.ranks[0].store.set("beat/1", json.dumps(word))
+            assert them.ranks[0].dead() == dead
 
 
 def test_who_has_left_is_not_missed(monkeypatch):
