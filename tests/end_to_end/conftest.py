@@ -121,6 +121,11 @@ class Several:
     ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
     TRAIN = ("train.global_batch_size=4", "train.per_device_train_batch_size=1", "train.rank_timeout=10")
 
+    @property
+    def first_on_path(self):
+        """PYTHONPATH with the folder before what it holds."""
+        return os.pathsep.join([str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
     def command(self, *sets, processes=2, extra=()):
         words = [word for s in (*self.TRAIN, *sets) for word in ("--set", s)]
         start = ["--nproc", str(processes)] if processes else []

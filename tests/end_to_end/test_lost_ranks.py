@@ -53,7 +53,7 @@ if os.environ.get("RANK") == "1":
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_lost_while_connecting_is_named(several, how):
     (several.folder / "sitecustomize.py").write_text(CONNECTING)
-    lost = {"PYTHONPATH": str(several.folder), "LOST_HOW": str(int(how))}
+    lost = {"PYTHONPATH": several.first_on_path, "LOST_HOW": str(int(how))}
     began = time.monotonic()
     process = several.start(environment=lost, processes=3)
     _, err = process.communicate(timeout=120)
@@ -83,7 +83,7 @@ def test_a_rank_that_is_stopped_when_the_run_is_over_is_ended(several):
         "if os.environ.get('RANK') == '0':\n"
         "    atexit.register(os.kill, os.getpid(), signal.SIGSTOP)\n"
     )
-    process = several.start(environment={"PYTHONPATH": str(several.folder)})
+    process = several.start(environment={"PYTHONPATH": several.first_on_path})
     _, err = process.communicate(timeout=90)
     assert process.returncode == 75, err
     assert (several.folder / "out" / "model.safetensors").exists()
@@ -216,8 +216,8 @@ def wait():
     while not hasattr(sys.modules.get("nanovllm_core.job"), "Job"):
         time.sleep(0.01)
     job = sys.modules["nanovllm_core.job"]
-    job.assemble = slow("assemble", 45, job.assemble, lambda: os.environ["RANK"] == "1")
-    job.export = slow("export", 30, job.export, lambda: os.environ["RANK"] == "0")
+    job.assemble = slow("assemble", 14, job.assemble, lambda: os.environ["RANK"] == "1")
+    job.export = slow("export", 12, job.export, lambda: os.environ["RANK"] == "0")
 
 if "RANK" in os.environ:
     threading.Thread(target=wait, daemon=True).start()
@@ -226,7 +226,7 @@ if "RANK" in os.environ:
 
 def test_a_slow_disk_is_no_hang(several):
     (several.folder / "sitecustomize.py").write_text(SLOW)
-    process = several.start("train.rank_timeout=3", environment={"PYTHONPATH": str(several.folder)})
+    process = several.start("train.rank_timeout=3", environment={"PYTHONPATH": several.first_on_path})
     _, err = process.communicate(timeout=200)
     assert (process.returncode, err) == (0, "")
 
@@ -299,7 +299,7 @@ if os.environ.get("RANK") == "1":
 
 def test_an_exception_of_a_rank_is_told_by_it_alone(several, port):
     (several.folder / "sitecustomize.py").write_text(FAULT)
-    first, second = several.plain(port, [ENDLESS] * 2, PYTHONPATH=str(several.folder))
+    first, second = several.plain(port, [ENDLESS] * 2, PYTHONPATH=several.first_on_path)
     told, fault = (process.communicate(timeout=120)[1] for process in (first, second))
     assert (first.returncode, second.returncode) == (75, 1)
     assert fault.count("Traceback") == 1, fault
