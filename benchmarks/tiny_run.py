@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import random
+import re
 import select
 import signal
 import sys
@@ -181,6 +182,7 @@ def written(name: str, out: Path | None, figures: dict[str, Any]) -> Path:
     """Write a dated result beside the older ones, or to `out`."""
     day = time.strftime("%Y-%m-%d")
     path = out or Path(__file__).parent / "results" / f"{name}-{day}.json"
-    content = {"benchmark": name, "date": day, "command": " ".join(sys.argv), "machine": machine(), **figures}
+    command = re.sub(r" --out[ =]\S+", "", " ".join(sys.argv))  # where a result lies says nothing of it
+    content = {"benchmark": name, "date": day, "command": command, "machine": machine(), **figures}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path

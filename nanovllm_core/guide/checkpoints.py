@@ -20,7 +20,7 @@ from nanovllm_core.guide.tokenizers import ready
 from nanovllm_core.training import checkpoint
 from nanovllm_core.training.checkpoint import State
 from nanovllm_core.training.export import write_config
-from nanovllm_core.training.parts import KEYS, Snapshot, load_optimizer, snapshot
+from nanovllm_core.training.parts import KEYS, Snapshot, load_optimizer, snapshot, untrained
 from nanovllm_core.training.saver import Saver, pointed
 from nanovllm_core.weights import ModelFolder
 
@@ -107,8 +107,7 @@ class CheckpointManager:
                 f"save_checkpoint: optimizer: got {type(optimizer).__name__}, whose state a checkpoint does not hold; use "
                 "create_optimizer, or torch.optim.AdamW"
             )
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if lost := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
+        if lost := untrained(((n, p) for n, p in model.named_parameters() if p.requires_grad), optimizer):
             raise CheckpointError(
                 f"save_checkpoint: the optimizer does not train {lost[0]}; set requires_grad to False there"
             )

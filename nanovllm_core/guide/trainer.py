@@ -92,7 +92,8 @@ class Trainer:
         folder = run(self.plan, [*self.callbacks, figures], stop, world)
         done, latest = finished(folder), pointed(folder)
         saved = read_state(folder / latest).metrics if latest is not None else {}
-        return Result(folder, done[0] if done else figures.step, {**saved, **figures.metrics})
+        assert done is not None, "a run that returns has finished"
+        return Result(folder, done[0], {**saved, **figures.metrics})
 
     def _analyze(self) -> None:
         from nanovllm_core.analyze import analyze_document_collection, table
@@ -106,14 +107,11 @@ class _Figures:
     """Keeps the newest figures of a run."""
 
     metrics: dict[str, float] = field(factory=dict)
-    step: int = 0
 
     @hookimpl
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.step = step
         self.metrics.update(metrics)
 
     @hookimpl
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.step = step
         self.metrics.update(metrics)

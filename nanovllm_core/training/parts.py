@@ -49,8 +49,7 @@ def snapshot(
     the optimizer does not know a parameter.
     """
     parameters = dict(named)
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if lost := [name for name, p in parameters.items() if id(p) not in known]:
+    if lost := untrained(parameters.items(), optimizer):
         raise CheckpointError(
             f"{lost[0]} is no longer the parameter that the optimizer trains: the parallel strategy has exchanged it"
         )
@@ -69,6 +68,12 @@ def snapshot(
         for one in held(name, value)
     }
     return Snapshot(weights, moments, owners)
+
+
+def untrained(named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameters that the optimizer does not have."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in named if id(p) not in known]
 
 
 def owned(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:

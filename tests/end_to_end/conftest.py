@@ -137,6 +137,18 @@ class Several:
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
+    def nodes(self, *sets, port, words=None, **options):
+        """torchrun on two nodes of one rank each, which meet at a port; `words`: of the launchers, for another rendezvous."""
+        return [
+            self.start(
+                command=[sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                         *(words or ("--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port))),
+                         *self.command(*sets, processes=0)[1:]],
+                **options,
+            )
+            for node in range(2)
+        ]  # fmt: skip
+
     def plain(self, port, sets, **environment):
         """Ranks without a launcher, which would end the others of one that fails; each with its own keys."""
         world = {"WORLD_SIZE": str(len(sets)), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -174,6 +186,14 @@ class Several:
             except (OSError, UnicodeDecodeError):
                 continue
         return found
+
+    def begun(self, ranks=0):
+        """Wait until the output folder is there; with `ranks`, until so many processes are."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if len(self.ranks()) >= ranks if ranks else (self.folder / "out").exists():
+                return
+            time.sleep(0.02)
 
     def under_way(self, process, steps):
         """Wait for so many steps."""

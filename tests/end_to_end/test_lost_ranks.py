@@ -4,7 +4,6 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -66,9 +65,7 @@ def test_a_rank_that_is_lost_while_connecting_is_named(several, how):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_frozen_before_training_ends_the_others(several, rank):
     process = several.start()
-    deadline = time.monotonic() + 60
-    while not (several.folder / "out").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    several.begun()
     os.kill(several.ranks()[rank], signal.SIGSTOP)
     began = time.monotonic()
     _, err = process.communicate(timeout=120)
@@ -101,15 +98,8 @@ def test_restarts_go_on_by_themselves(several):
 
 
 def test_nodes_that_count_restarts_differently_go_on_together(several, port):
-    agents = [
-        several.start(
-            command=[sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-                     "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run",
-                     "--max-restarts", "2", *several.command(*LONG, processes=0)[1:]],
-            environment={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"},
-        )
-        for _ in range(2)
-    ]  # fmt: skip
+    c10d = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run", "--max-restarts", "2")
+    agents = several.nodes(*LONG, port=port, words=c10d, environment={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"})
     several.under_way(agents[0], 8)
     there = several.ranks()
     os.kill(there[0], signal.SIGSTOP)  # its node restarts because the other does, which does not count there
@@ -131,15 +121,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank_behind(several):
 
 
 def test_a_launcher_that_keeps_no_store_leaves_no_rank_behind(several, port):
-    agents = [
-        several.start(
-            *ENDLESS,
-            command=[sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-                     "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port),
-                     *several.command(*ENDLESS, processes=0)[1:]],
-        )
-        for node in range(2)
-    ]  # fmt: skip
+    agents = several.nodes(*ENDLESS, port=port)
     several.under_way(agents[0], 5)
     agents[1].kill()
     began = time.monotonic()
@@ -248,9 +230,7 @@ def test_a_signal_to_ranks_and_launcher_at_once_saves(several, late):
 @pytest.mark.parametrize("later", [0.3, 1.5])
 def test_a_launcher_that_is_killed_early_leaves_no_rank_behind(several, processes, later):
     process = several.start(*ENDLESS, processes=processes)
-    deadline = time.monotonic() + 60
-    while len(several.ranks()) < processes and time.monotonic() < deadline:
-        time.sleep(0.02)
+    several.begun(processes)
     time.sleep(later)
     process.kill()
     _, err = process.communicate(timeout=IN_TIME)
@@ -261,9 +241,7 @@ def test_a_launcher_that_is_killed_early_leaves_no_rank_behind(several, processe
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_before_training_is_named(several, rank):
     process = several.start()
-    deadline = time.monotonic() + 60
-    while not (several.folder / "out").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    several.begun()
     os.kill(several.ranks()[rank], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75
@@ -273,9 +251,7 @@ def test_a_rank_that_dies_before_training_is_named(several, rank):
 
 def test_a_signal_to_a_rank_before_training_is_told(several):
     process = several.start()
-    deadline = time.monotonic() + 60
-    while not (several.folder / "out").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    several.begun()
     os.kill(several.ranks()[1], signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert "nanovllm: rank 1 was told to stop" in err, err

@@ -65,14 +65,7 @@ def test_a_rank_that_would_run_something_else_is_refused_before_the_first_step(s
 
 
 def test_agents_of_two_nodes_find_each_other(several, port):
-    agents = [
-        several.start(
-            command=[sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-                     "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port),
-                     *several.command(processes=0)[1:]],
-        )
-        for node in range(2)
-    ]  # fmt: skip
+    agents = several.nodes(port=port)
     said = [agent.communicate(timeout=180) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert several.run("output_dir=one", processes=0).returncode == 0

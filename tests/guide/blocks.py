@@ -143,12 +143,8 @@ def command(block: dict[str, Any], folder: Path) -> tuple[list[str], list[str]]:
 def expected(block: dict[str, Any]) -> list[str]:
     """What it must print, beside ending well."""
     text = block["text"]
-    trains = (
-        "train.py" in text
-        or ".train()" in text
-        or text.startswith(("--", "# Reduce", "# Increase", "# Adjust learning"))
-    )
-    trains |= block["language"] == "json" and "_size" in text
+    trains = "train.py" in text or ".train()" in text or re.search("^--", text, re.MULTILINE)
+    trains = trains or (block["language"] == "json" and "_size" in text)
     return [
         *(["saved checkpoint-"] if trains else []),
         *(["suggested "] if "--analyze_documents" in text or '"analyze_documents": true' in text else []),
