@@ -91,13 +91,14 @@ class World:
     # ------------------------------------------------------------ messages
 
     def tell(self, key: str, value: Any) -> None:
-        """Leave a message for whoever hears `key`. A key is told once a run."""
+        """Leave a message for whoever hears `key`. A key is told once a run. Raises Elsewhere when nobody could hear it."""
         if self.size > 1:
-            self._store.set(key, json.dumps(value))
+            with _reached():
+                self._store.set(key, json.dumps(value))
 
     def hear(self, key: str) -> Any:
         """The message told under `key`, once it is there. Raises Elsewhere when a rank failed meanwhile."""
-        try:
+        with _reached():
             looked = time.monotonic()
             while not self._store.check([key]):
                 self._hear_failure()
@@ -106,8 +107,6 @@ class World:
                     looked = time.monotonic()
                     self._miss_the_dead()
             return json.loads(self._store.get(key))
-        except RuntimeError as e:  # of torch.distributed
-            raise Elsewhere(GONE, lost=True) from e
 
     def _hear_failure(self) -> None:
         """Raise Elsewhere where a rank has failed."""
@@ -124,11 +123,9 @@ class World:
         """Raise Elsewhere where another rank has failed or died: a launcher ends this one then, as a user would."""
         if self.size == 1:
             return
-        try:
+        with _reached():
             self._hear_failure()
             self._miss_the_dead()
-        except RuntimeError as e:
-            raise Elsewhere(GONE, lost=True) from e
 
     def broken(self) -> bool:
         """Whether `refuse_broken` refuses."""
@@ -244,13 +241,11 @@ class World:
             yield watch.at
         except RuntimeError as e:
             watch.at("ending", alone=True)
-            try:
+            with _reached():
                 self._hear_failure()
                 with unsignalled():
                     gone = watch.silent()
                 self._hear_failure()
-            except RuntimeError:
-                raise Elsewhere(GONE, lost=True) from e
             if not gone:
                 raise
             raise Elsewhere(said(gone, "is gone"), lost=True) from e
@@ -284,6 +279,15 @@ class World:
         if self.size > 1:
             distributed.all_reduce(table, distributed.ReduceOp.MAX)
         return table.tolist()
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """Within, the ranks' store is asked: that it is gone is told as Elsewhere."""
+    try:
+        yield
+    except RuntimeError as e:  # of torch.distributed
+        raise Elsewhere(GONE, lost=True) from e
 
 
 @contextmanager
