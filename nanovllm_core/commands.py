@@ -88,13 +88,13 @@ def _ranks(
 
     if wanted(args.nproc, args.max_restarts):
         return launch(args.again, args.nproc, args.max_restarts)
-    from nanovllm_core.training.launched import AGAIN
+    from nanovllm_core.training.launched import AGAIN, orphaned
     from nanovllm_core.training.world import World
 
     try:
         world = World.join()
     except Elsewhere as e:
-        if str(e):
+        if str(e) and not orphaned():  # which is told by itself
             print(f"nanovllm: {e}", file=sys.stderr)
         return AGAIN
     try:

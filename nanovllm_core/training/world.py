@@ -69,6 +69,8 @@ class World:
             store = PrefixStore("nanovllm", store)
             store = PrefixStore(meet(store, rank, size, MEETING if size > count else MEETING_HERE), store)
         except (ValueError, RuntimeError) as e:
+            if orphaned():
+                raise Elsewhere(GONE, lost=True) from e
             raise TrainingError(
                 f"WORLD_SIZE is {told}, and the other ranks cannot be reached ({reason(e)}); start through torchrun or with "
                 "--nproc, or unset WORLD_SIZE"
@@ -80,7 +82,8 @@ class World:
         world = cls(rank, size, local, count, store, watch)
         made.append(world)
         watch.hung = world._hung
-        watch.start()
+        with _reached():
+            watch.start()
         return world
 
     @property

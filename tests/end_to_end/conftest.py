@@ -187,11 +187,11 @@ class Several:
                 continue
         return found
 
-    def begun(self, ranks=0):
-        """Wait until the output folder is there; with `ranks`, until so many processes are."""
+    def begun(self, ranks=0, path="out"):
+        """Wait until the output folder (or a file) is there; with `ranks`, until so many processes are."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            if len(self.ranks()) >= ranks if ranks else (self.folder / "out").exists():
+            if len(self.ranks()) >= ranks if ranks else (self.folder / path).exists():
                 return
             time.sleep(0.02)
 

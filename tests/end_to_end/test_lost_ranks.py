@@ -251,7 +251,7 @@ def test_a_rank_that_dies_before_training_is_named(several, rank):
 
 def test_a_signal_to_a_rank_before_training_is_told(several):
     process = several.start()
-    several.begun()
+    several.begun(path="out/plan.lock.json")  # written once all ranks have made their plans
     os.kill(several.ranks()[1], signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert "nanovllm: rank 1 was told to stop" in err, err
