@@ -86,13 +86,17 @@ def steps_of(length: int, rows: int, vocabulary: int, device: str):
     return Steps()
 
 
-def train(plan, device: str, length: int, rows: int, checkpointing: bool, steps: int = 3) -> None:
+def train(plan, device: str, length: int, rows: int, checkpointing: bool, steps: int = 3) -> int:
+    """The most bytes that a step held, as the run tells it."""
     from nanovllm_core.assemble import assemble
     from nanovllm_core.training.schedule import Schedule
     from nanovllm_core.training.trainer import Settings, Trainer
 
+    peaks = []
+
     class Silent:
-        def step_done(self, step, metrics): ...
+        def step_done(self, step, metrics):
+            peaks.append(metrics["peak_memory_bytes"])
 
         def note(self, text):
             print(text, file=sys.stderr)
@@ -104,11 +108,10 @@ def train(plan, device: str, length: int, rows: int, checkpointing: bool, steps:
     model = assemble(plan, device, seed=0, training=True)
     data = steps_of(length, rows, plan.shape.vocab_size, device)
     Trainer(model, data, settings, Silent(), None).run(lambda trainer: None)
+    return max(peaks)
 
 
 def measure(case: str, device: str, precision: str, checkpointing: bool) -> dict[str, float]:
-    import torch
-
     from nanovllm_core.estimate import training_memory
     from nanovllm_core.heap import give_back
 
@@ -123,8 +126,7 @@ def measure(case: str, device: str, precision: str, checkpointing: bool) -> dict
         train(plan, device, length, rows, checkpointing)
         measured = resident("VmHWM") - began
     else:
-        train(plan, device, length, rows, checkpointing)
-        measured = torch.cuda.max_memory_allocated()
+        measured = train(plan, device, length, rows, checkpointing)  # torch's own peak begins anew at each logged step
     memory = training_memory(
         plan.shape, tokens=length * rows, dtype=plan.dtype, device=device, gradient_checkpointing=checkpointing
     )

@@ -142,7 +142,8 @@ def result(folder: Path, out: str = OUT) -> dict[str, Any]:
     """What must be equal, however often a run was cut short: each loss, the weights, the pointers, and no litter."""
     root = folder / out
     lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
-    kept = lambda line: {k: v for k, v in line.items() if k != "tokens_per_second"}  # noqa: E731
+    timed = ("tokens_per_second", "mfu", "peak_memory_bytes", "seconds_")
+    kept = lambda line: {k: v for k, v in line.items() if not k.startswith(timed)}  # noqa: E731
     return {
         "metrics": [kept(line) for line in lines],
         "sha256": {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanovllm_core.contracts import KernelRequest, Module, Ops, Parallelized, Tokenizer
+from nanovllm_core.contracts import JOINED, KernelRequest, Module, Ops, Parallelized, Tokenizer
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hooks import bind
 from nanovllm_core.hookspecs import Kernels, Models, Parallel, Tokenizers
@@ -35,7 +35,8 @@ def load_ops(plan: ModelPlan, device: str, *, training: bool) -> Ops:
             tensor=plan.layout.tensor,
         )
         loaded[operation] = bind(Kernels, [(choice.entry.full_name, choice.component)]).load(request=request)
-    return Ops(dtype=plan.dtype, **loaded)
+    joined = {name: loaded.pop(name) for name in JOINED if name in loaded}
+    return Ops(dtype=plan.dtype, joined=joined, **loaded)
 
 
 def assemble(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from nanovllm_core.contracts import Layout, Ops, Shape
 from nanovllm_core.errors import RecipeError
 from nanovllm_core.estimate import Memory, training_memory
@@ -12,9 +14,18 @@ from nanovllm_core.training.freezing import NEVER
 
 
 def memory_of(
-    recipe: Recipe, machine: Machine, shape: Shape, dtype: str, frozen: int, layout: Layout | None = None
+    recipe: Recipe,
+    machine: Machine,
+    shape: Shape,
+    dtype: str,
+    frozen: int,
+    layout: Layout | None = None,
+    joined: Collection[str] = (),
 ) -> Memory:
-    """The estimate for one device under a layout (default: nothing is split); `frozen` parameters are never trained."""
+    """The estimate for one device under a layout (default: nothing is split); `frozen` parameters are never trained.
+
+    joined: operations that the chosen kernels do in one.
+    """
     train, layout = recipe.train, layout or Layout()
     replicas = layout.data * layout.shard
     micro_batch = train.per_device_train_batch_size * replicas
@@ -28,6 +39,7 @@ def memory_of(
         accumulates=step > micro_batch,
         frozen=frozen,
         layout=layout,
+        joined=joined,
     )
 
 

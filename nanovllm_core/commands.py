@@ -100,7 +100,7 @@ def _ranks(
     try:
         if before is not None and world.first:
             before()
-        return _run(plan, world)
+        return _run(plan, world, args.profile)
     except NanoError as e:
         if world.size == 1:
             raise
@@ -111,7 +111,7 @@ def _ranks(
         return AGAIN if isinstance(e, Elsewhere) and e.lost else 2
 
 
-def _run(make_plan: Callable[[Callable[[], Machine]], Plan], world: World) -> int:
+def _run(make_plan: Callable[[Callable[[], Machine]], Plan], world: World, profile: bool) -> int:
     from nanovllm_core.interrupt import Interrupt
     from nanovllm_core.training.launched import launched
     from nanovllm_core.training.stop import StopRequest
@@ -129,7 +129,7 @@ def _run(make_plan: Callable[[Callable[[], Machine]], Plan], world: World) -> in
             give_back()
         interrupt.begun = True
         try:
-            run(plan, stop=stop, world=world)
+            run(plan, stop=stop, world=world, profile=profile)
         except Interrupted as e:
             said = str(e)
         except KeyboardInterrupt:

@@ -8,7 +8,7 @@ and its logits exist all at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from attrs import frozen
@@ -51,6 +51,7 @@ def training_memory(
     mixed: bool = True,
     frozen: int = 0,
     layout: Layout | None = None,
+    joined: Collection[str] = (),
 ) -> Memory:
     """What training holds on one device with `tokens` tokens in a micro-batch.
 
@@ -60,6 +61,7 @@ def training_memory(
     frozen: parameters that are never trained: no gradient, no moments
     layout: `tensor` divides matrices and what they give; `shard` divides weights, gradients and moments, a block's
       weights being gathered when it runs; `data` divides nothing
+    joined: operations that kernels do in one (`contracts.JOINED`)
     """
     layout = layout or Layout()
     s, split, t = (2 if dtype == "bfloat16" else 4), layout.tensor * layout.shard, layout.tensor
@@ -78,7 +80,8 @@ def training_memory(
         held, made = held + gradients, 0  # in the buckets of DistributedDataParallel, which stay
 
     between = tokens * shape.hidden * s  # what one block hands to the next
-    block = _block(shape, tokens, s, t, keeps_output=_keeps_output(s, device, mixed)) + casts
+    block = _block(shape, tokens, s, t, keeps_output=_keeps_output(s, device, mixed), again="swiglu_linear" in joined)
+    block += casts
     ends = 2 * between + tokens * (8 * shape.head_dim + 40)  # final norm; cos, sin, ids, targets, positions, places
     blocks = shape.layers * (between if gradient_checkpointing else block)
     again = block if gradient_checkpointing else 0
@@ -112,16 +115,17 @@ def _keeps_output(size: int, device: str, mixed: bool) -> bool:
     return mixed and not (size == 2 and device == "cpu")
 
 
-def _block(shape: Shape, tokens: int, size: int, split: int, *, keeps_output: bool) -> int:
+def _block(shape: Shape, tokens: int, size: int, split: int, *, keeps_output: bool, again: bool) -> int:
     """Bytes that one block keeps for its backward, casts of weights left out.
 
     Input of each norm and of each matrix (the residual twice, a norm's output twice), query and key before their norm,
-    then rotated, value, attention's output, and what the MLP's product is made of.
+    then rotated, value, attention's output, and what the MLP's product is made of, the product too unless it is made `again`.
     """
     query, cache = shape.heads * shape.head_dim // split, shape.kv_heads * shape.head_dim // split
     normed = 1 if shape.qk_norm else 0
     values = 4 * shape.hidden + (2 + normed + keeps_output) * query + (2 + normed) * cache
-    values += (3 if "swiglu" in shape.operations or not shape.operations else 2) * shape.intermediate // split
+    gated = "swiglu" in shape.operations or not shape.operations
+    values += (3 - again if gated else 2) * shape.intermediate // split
     wide = 2 * shape.hidden * (4 - size) if "layer_norm" in shape.operations else 0  # its input, made fp32
     scales = 2 + ((shape.heads + shape.kv_heads) // split if normed else 0)
     log_sums = 0 if size == 2 else shape.heads // split

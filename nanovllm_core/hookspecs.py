@@ -189,7 +189,7 @@ class Callbacks:
 
     @hookspec
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
-        """An optimizer step is logged (every `train.logging_steps`): loss, learning_rate, tokens_per_second, ..."""
+        """An optimizer step is logged (every `train.logging_steps`): loss, learning_rate, tokens_per_second, mfu, ..."""
 
     @hookspec
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from nanovllm_core.settings import settings_of
 from nanovllm_core.training import checkpoint
 from nanovllm_core.training.deterministic import deterministically
 from nanovllm_core.training.export import export, write_config
+from nanovllm_core.training.flops import flops_of, peak_of
+from nanovllm_core.training.measure import Meter
 from nanovllm_core.training.parts import ALONE, load_optimizer, snapshot
+from nanovllm_core.training.profiling import Profile
 from nanovllm_core.training.saver import Saver, room_needed
 from nanovllm_core.training.sharding import full_state
 from nanovllm_core.training.stop import StopRequest
@@ -64,9 +68,10 @@ class Job:
         stop: StopRequest,
         world: World = ALONE,
         at: At = lambda doing, alone=False: None,
+        profile: bool = False,
     ) -> None:
         self.plan, self.corpus, self.identity, self.events, self.stop = plan, corpus, identity, events, stop
-        self.world, self.at = world, at
+        self.world, self.at, self.profiled = world, at, profile and world.first
         self.folder, self.shape = plan.output_dir, plan.model.shape
         self.config = models_of(plan.model).config(shape=self.shape)
         g = plan.recipe.generate
@@ -148,7 +153,9 @@ class Job:
             )
         checkpoint.seed_random_state(train.seed + self.world.rank)  # dropout draws from it, where a model has any
         stop = self.stop if self.world.size == 1 else Together(self.world, lambda: self.stop.asked)
-        trainer = Trainer(model, data, settings, self.events, self.corpus.evaluation, stop, self.at)
+        trainer = Trainer(
+            model, data, settings, self.events, self.corpus.evaluation, stop, self.at, self.meter(done, total)
+        )
         if found:
             path, state = found
             load_optimizer(path, trainer.optimizer, model.module.named_parameters(), trainer.trained_from)
@@ -161,6 +168,15 @@ class Job:
             trainer.metrics, trainer.before = state.metrics, state.before
             trainer.resume(state.progress, longer=total > state.total_steps)
         return trainer, settings
+
+    def meter(self, done: int, total: int) -> Meter:
+        """What measures the run from step `done` on, and profiles some of it where that was asked."""
+        machine, profile = self.plan.machine, None
+        known = peak_of(machine.device_name) if self.plan.model.dtype == "bfloat16" else None
+        if self.profiled:
+            tell = lambda text: self.events.note(text=text)  # noqa: E731
+            profile = Profile(self.folder, tell, device=machine.device_name, done=done, total=total)
+        return Meter(machine.device, flops_of(self.shape), known and known * self.world.size, profile)
 
     def train(self, trainer: Trainer, found: Found | None) -> Saver:
         """Train to the end, or until asked to stop, saving beside it."""
@@ -186,7 +202,7 @@ class Job:
             saver.save(self.state(trainer), held, size // self.world.size)
 
         try:
-            with self.stop.heeding():
+            with self.stop.heeding(), trainer.meter.profile or nullcontext():
                 trainer.run(save, saver.poll)
         except Interrupted:
             self.stop.saving = True

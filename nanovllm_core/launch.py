@@ -25,8 +25,13 @@ LAUNCHER = "NANOVLLM_LAUNCHER"  # in a rank's environment: the process that star
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """`--nproc` and `--max-restarts` of a command that trains."""
+    """`--nproc`, `--max-restarts` and `--profile` of a command that trains."""
     add_nproc(parser)
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace of a few steps and a table by phase to profile/ of output_dir",
+    )
     parser.add_argument(
         "--max-restarts", type=_count, default=0, metavar="N",
         help="with --nproc: start again from the newest checkpoint when a process dies or hangs, at most so often (default: 0)",

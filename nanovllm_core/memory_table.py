@@ -18,7 +18,9 @@ def estimate(plan: Plan) -> str:
     recipe, shape = plan.recipe, plan.model.shape
     other = not recipe.train.gradient_checkpointing
     without = evolve(recipe, train=evolve(recipe.train, gradient_checkpointing=other))
-    memory = memory_of(without, plan.machine, shape, plan.model.dtype, plan.model.frozen, plan.model.layout)
+    memory = memory_of(
+        without, plan.machine, shape, plan.model.dtype, plan.model.frozen, plan.model.layout, plan.model.joined
+    )
     lines = [
         f"{shape.family}, {shape.parameters:,} parameters ({plan.model.frozen:,} frozen), {plan.model.dtype} on "
         f"{plan.machine.device} ({size_text(plan.machine.memory)} free); a micro-batch of "

@@ -104,7 +104,7 @@ def make_plan(recipe: Recipe, registry: Registry, machine: Machine | Callable[[]
         data=data,
         model=model,
         callbacks=callbacks,
-        memory=memory_of(recipe, machine, model.shape, model.dtype, model.frozen, model.layout),
+        memory=memory_of(recipe, machine, model.shape, model.dtype, model.frozen, model.layout, model.joined),
         output_dir=output_dir,
         chunk_overlap=overlap_of(recipe.data.chunk_overlap, length),
         sequences_per_step=step,

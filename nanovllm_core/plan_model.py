@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from nanovllm_core.budget import frozen_parameters, memory_of
 from nanovllm_core.contracts import (
+    JOINED,
     Accept,
     Decision,
     KernelRequest,
@@ -44,6 +45,11 @@ class ModelPlan:
     parallel: Choice
     layout: Layout
     kernels: Mapping[str, Choice]  # by operation
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """The operations that a kernel does in one."""
+        return tuple(name for name in self.kernels if name in JOINED)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -119,7 +125,7 @@ def outlined(slots: Slots, parts: Parts, data_bytes: int) -> Outline:
         shape = models.shape(vocab_size=vocabulary.value)
         _answered(model, "shape", shape, Shape)
     for operation, component in recipe.kernels.items():
-        if operation not in (*shape.operations, "*"):
+        if not set(JOINED.get(operation, (operation,))) <= {*shape.operations, "*"}:
             raise RefusedError(
                 line(
                     f"{component.use} is named for an operation that model {model.entry.name} does not call (it calls: "
@@ -154,12 +160,13 @@ def placed(slots: Slots, parts: Parts, outline: Outline, machine: Machine, *, tr
     probe = lambda p: _within_limits(bound(Parallel, p).probe(request=request), shape, request)  # noqa: E731
     parallel = choose("parallel", asked, probe, by, place)
     layout = parallel.accept.layout or Layout()
-    kernels = {
-        operation: _kernel(slots, parts, KernelRequest(
-            operation=operation, device=machine.device, dtype=dtype, shape=shape, training=training, tensor=layout.tensor
-        ))
-        for operation in shape.operations
-    }  # fmt: skip
+    wanted = KernelRequest(
+        operation="", device=machine.device, dtype=dtype, shape=shape, training=training, tensor=layout.tensor
+    )
+    kernels = {name: _kernel(slots, parts, evolve(wanted, operation=name)) for name in shape.operations}
+    for name, its in JOINED.items():
+        if set(its) <= set(kernels) and (joined := _joined(slots, parts, evolve(wanted, operation=name), kernels)):
+            kernels[name] = joined
     return ModelPlan(
         tokenizer=outline.tokenizer,
         vocabulary=outline.vocabulary,
@@ -188,6 +195,24 @@ def _kernel(slots: Slots, parts: Parts, request: KernelRequest) -> Choice:
     (asked, by), place = parts.kernels[key], slots.place(slots.recipe.kernels[key].at)
     probe = lambda k: bound(Kernels, k).probe(request=request)  # noqa: E731
     return choose(f"kernels.{request.operation}", asked, probe, by, place)
+
+
+def _joined(slots: Slots, parts: Parts, request: KernelRequest, kernels: Mapping[str, Choice]) -> Choice | None:
+    """What does a joined operation in one; None where its parts are called one by one.
+
+    It is in one where the recipe names it, or a component offers it and none of its parts was chosen with a higher priority.
+    """
+    name = request.operation
+    if name in parts.kernels:
+        return _kernel(slots, parts, request)
+    its = [kernels[part] for part in JOINED[name]]
+    if request.tensor > 1 or any(part in parts.kernels for part in JOINED[name]):
+        return None
+    try:
+        choice = _kernel(slots, parts, request)
+    except RefusedError:
+        return None
+    return choice if choice.accept.priority >= max(part.accept.priority for part in its) else None
 
 
 def _compute_dtype(recipe: Recipe, machine: Machine) -> str:

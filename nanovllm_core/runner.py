@@ -28,7 +28,11 @@ from nanovllm_core.training.world import World
 
 
 def run(
-    plan: Plan, callbacks: Sequence[object] = (), stop: StopRequest | None = None, world: World | None = None
+    plan: Plan,
+    callbacks: Sequence[object] = (),
+    stop: StopRequest | None = None,
+    world: World | None = None,
+    profile: bool = False,
 ) -> Path:
     """Do what the plan says; the folder of the finished model.
 
@@ -38,10 +42,13 @@ def run(
 
     `world`: who joined the run with this process (default: those whom torchrun tells of). Raises Elsewhere when another
     rank failed.
+
+    `profile`: the first rank writes a trace of some steps and a table by phase into `profile/` of the output folder; the
+    result is the same.
     """
     world = world or World.join()
     try:
-        return _Run(plan, callbacks, stop or StopRequest(), world).go()
+        return _Run(plan, callbacks, stop or StopRequest(), world, profile).go()
     except Interrupted:
         raise Interrupted(f"stopped; the same command {goes_on(plan.output_dir)}") from None
     except BaseException as e:
@@ -74,8 +81,9 @@ class _Run:
     """A plan under way on one rank. The first rank keeps the output folder, reads and tokenises; the others open what it
     wrote. The first of each node hashes the documents there: all nodes must have the same."""
 
-    def __init__(self, plan: Plan, callbacks: Sequence[object], stop: StopRequest, world: World) -> None:
+    def __init__(self, plan: Plan, callbacks: Sequence[object], stop: StopRequest, world: World, profile: bool) -> None:
         self.plan, self.stop, self.world, self.folder = plan, stop, world, plan.output_dir
+        self.profile = profile
         heeds = _Heeds(stop)
         self.events = plan.events((*callbacks, heeds)) if world.first else bind(Callbacks, [("stop", heeds)])
 
@@ -113,7 +121,7 @@ class _Run:
                     world.tell("tokens", True)
                 state = self.state_of(found)
                 with world.connected(plan.machine.device) as at, explained(plan):
-                    Job(plan, corpus, who, self.events, self.stop, world, at).run(state)
+                    Job(plan, corpus, who, self.events, self.stop, world, at, self.profile).run(state)
             if world.first:
                 tidy(self.folder)
             world.leave()

@@ -94,9 +94,10 @@ class Progress:
             s.pace = (s.pace + lately) / 2 if s.pace else lately
         s.spoke, s.last_step = now, step
         clock = _clock(s.pace * (total - step)) if s.pace or step == total else "?"
+        mfu = f"  MFU {100 * metrics['mfu']:.1f} %" if "mfu" in metrics else ""
         told = (
             f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  epoch {metrics['epoch']:.2f}  "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s"
+            f"{metrics['tokens_per_second']:,.0f} tokens/s{mfu}"
         )
         if self._bar():
             self._move("training", step, total, told)

@@ -6,21 +6,20 @@ from nanovllm_core.contracts.models import (
     IGNORE,
     KV,
     LIMITS,
-    OPERATIONS,
     Batch,
     CachingModule,
     KernelRequest,
     MicroBatch,
     Module,
-    Ops,
     RowState,
     Shape,
     Step,
 )
+from nanovllm_core.contracts.ops import JOINED, OPERATIONS, Ops
 from nanovllm_core.contracts.parallel import Layout, Parallelized, ParallelRequest
 
 __all__ = [
-    "IGNORE", "KV", "LIMITS", "OPERATIONS", "Accept", "Batch", "CachingModule", "Damage", "Decision", "Document", "KernelRequest",
-    "Layout", "MicroBatch", "ModelRef", "Module", "Ops", "ParallelRequest", "Parallelized", "Record", "Refuse",
+    "IGNORE", "JOINED", "KV", "LIMITS", "OPERATIONS", "Accept", "Batch", "CachingModule", "Damage", "Decision", "Document",
+    "KernelRequest", "Layout", "MicroBatch", "ModelRef", "Module", "Ops", "ParallelRequest", "Parallelized", "Record", "Refuse",
     "RowState", "Segment", "Shape", "Source", "Step", "Tokenizer", "Verdict",
 ]  # fmt: skip

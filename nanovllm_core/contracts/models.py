@@ -7,20 +7,19 @@ Shape legend, used in every module that holds tensors:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import field, frozen
+
+from nanovllm_core.contracts.ops import Ops
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 IGNORE = -100  # a target that is not trained
-OPERATIONS = (
-    "embedding", "linear", "rms_norm", "layer_norm", "rotary", "swiglu", "gelu", "attention", "linear_cross_entropy",
-)  # fmt: skip
 LIMITS = ("packing", "cache", "tensor")  # what a model may be unable to do
 
 
@@ -66,7 +65,7 @@ class Shape:
 class KernelRequest:
     """Which implementation is wanted: of what operation, where, in what compute dtype."""
 
-    operation: str
+    operation: str  # of OPERATIONS or JOINED
     device: str  # "cpu" | "cuda"
     dtype: str  # "float32" | "bfloat16"
     shape: Shape
@@ -121,45 +120,6 @@ class Step:
     tokens: int  # of the whole step, over all ranks
     next_position: int
     epoch: float  # how many times the data has been seen after this step
-
-
-def _absent(operation: str) -> Callable[..., NoReturn]:
-    def call(*args: object, **kwargs: object) -> NoReturn:
-        raise RuntimeError(f"the model calls {operation!r} but its Shape.operations does not list it")
-
-    return call
-
-
-def _operation(name: str) -> Any:
-    return field(factory=lambda: _absent(name))
-
-
-@frozen(kw_only=True, eq=False)
-class Ops:
-    """The chosen kernels: plain callables on local tensors, one object shared by all blocks.
-
-    embedding(ids_T, weight_VC) -> x_TC in the compute dtype
-    linear(x, weight_OI, bias_O | None) -> x @ weight.T + bias in x's dtype
-    rms_norm(x_..C, weight_C, eps) -> x * rsqrt(mean(x^2) + eps) * weight, statistics in fp32
-    layer_norm(x_..C, weight_C, bias_C, eps) -> (x - mean) * rsqrt(variance + eps) * weight + bias, statistics in fp32
-    rotary(q_TNH, k_TKH, cos_TH, sin_TH) -> (q, k) rotated by halves; cos and sin in fp32
-    swiglu(gate, up) -> silu(gate) * up
-    gelu(x, tanh) -> x * Phi(x), or where `tanh` its approximation by tanh
-    attention(q_TNH, k_TKH, v_TKH, batch, kv=None, window=None) -> o_TNH, causal within each document, scale H**-0.5;
-        with `window`, a token sees itself and the window - 1 tokens before it
-    linear_cross_entropy(x_TC, weight_VC, targets_T) -> sum of -log softmax(x @ weight.T)[target] in fp32, IGNORE left out
-    """
-
-    dtype: str  # compute dtype
-    embedding: Callable[..., Tensor] = _operation("embedding")
-    linear: Callable[..., Tensor] = _operation("linear")
-    rms_norm: Callable[..., Tensor] = _operation("rms_norm")
-    layer_norm: Callable[..., Tensor] = _operation("layer_norm")
-    rotary: Callable[..., tuple[Tensor, Tensor]] = _operation("rotary")
-    swiglu: Callable[..., Tensor] = _operation("swiglu")
-    gelu: Callable[..., Tensor] = _operation("gelu")
-    attention: Callable[..., Tensor] = _operation("attention")
-    linear_cross_entropy: Callable[..., Tensor] = _operation("linear_cross_entropy")
 
 
 class Module(Protocol):

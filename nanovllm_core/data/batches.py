@@ -138,7 +138,8 @@ def micro_batch(chunks: Chunks, numbers: list[int], device: str) -> MicroBatch:
     targets = np.concatenate([t for _, t in pairs])
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        made = torch.from_numpy(array)
+        return made.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else made.to(device)
 
     return MicroBatch(
         tokens=tensor(np.concatenate([t for t, _ in pairs])),

@@ -31,7 +31,8 @@ class MemoryManager:
         return _status("VmRSS") or 0
 
     def peak(self) -> int:
-        """The most bytes held since `reset_peak`, or since the process began."""
+        """The most bytes held since `reset_peak`, or since the process began; on a GPU a run counts anew at each step that it
+        logs, and tells the figure there (`peak_memory_bytes`)."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         return _status("VmHWM") or 0

@@ -78,6 +78,27 @@ def calls(request: KernelRequest, lengths: Sequence[int], seed: int = 0, scale: 
         made = [Call("", [q, k, angles_TH.cos(), angles_TH.sin()], (0, 1), (0, 1))]
     elif request.operation == "swiglu":
         made = [Call("", [draw(tokens, inner), draw(tokens, inner)], (0, 1), (0, 1))]
+    elif request.operation == "norm_linear":
+        widths, by = (inner, s.hidden, inner), s.hidden**-0.5
+        ws = [weight(n, s.hidden, by=by) for n in widths]
+        biases = [weight(n) for n in widths]
+        mixed = [m for pair in zip(ws, (None, biases[1], None), strict=True) for m in pair]
+        x, more, norm = draw(tokens, s.hidden), draw(tokens, s.hidden), weight(s.hidden)
+        made = [
+            Call("after an addition", [x, more, norm, 1e-6, *mixed], (0, 1, 2, 4, 6, 7, 8), (0, 1)),
+            Call("without one", [x, None, norm, 1e-5, ws[0], biases[0]], (0, 2, 4, 5), (0,)),
+        ]
+    elif request.operation == "norm_rotary":
+        angles_TH = torch.rand(tokens, s.head_dim // 2, generator=generator).repeat(1, 2) * 100
+        q, k = draw(tokens, s.heads, s.head_dim), draw(tokens, s.kv_heads, s.head_dim)
+        args = [q, k, weight(s.head_dim), weight(s.head_dim), 1e-6, angles_TH.cos(), angles_TH.sin()]
+        made = [Call("", args, (0, 1, 2, 3), (0, 1))]
+    elif request.operation == "swiglu_linear":
+        gate, up, w_CI = draw(tokens, inner), draw(tokens, inner), weight(s.hidden, inner, by=inner**-0.5)
+        made = [
+            Call("with bias", [gate, up, w_CI, weight(s.hidden)], (0, 1, 2, 3), (0, 1)),
+            Call("without bias", [gate, up, w_CI, None], (0, 1, 2), (0, 1)),
+        ]
     elif request.operation == "gelu":
         made = [Call(f"tanh {t}", [draw(tokens, inner), t], (0,), (0,)) for t in (False, True)]
     elif request.operation == "attention":

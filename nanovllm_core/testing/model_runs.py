@@ -51,7 +51,8 @@ class ForwardTests(ModelTests):
 
         met: set[str] = set()
         plain, shape = reference_ops(), self.shaped()
-        module = self.filled(Ops(dtype="float32", **{n: _noting(n, getattr(plain, n), met) for n in OPERATIONS}))
+        noted: dict[str, Any] = {n: _noting(n, getattr(plain, n), met) for n in OPERATIONS}
+        module = self.filled(Ops(dtype="float32", **noted))
         tokens = draw(15, self.vocab_size)
         module(tokens, pack(*LENGTHS), targets=tokens)
         logits(module, tokens, pack(*LENGTHS))

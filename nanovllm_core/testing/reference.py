@@ -81,6 +81,25 @@ def _document(q_LNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, window: int | None) -
     return torch.einsum("nls,snh->lnh", torch.softmax(scores_NLS.masked_fill(~seen_LS, -math.inf), -1), v)
 
 
+def norm_linear(
+    x_TC: Tensor, more_TC: Tensor | None, norm_C: Tensor, eps: float, *matrices: Tensor | None
+) -> tuple[Tensor, ...]:
+    x_TC = x_TC if more_TC is None else x_TC + more_TC
+    normed_TC = rms_norm(x_TC, norm_C, eps)
+    pairs = zip(matrices[::2], matrices[1::2], strict=True)
+    return x_TC, *(linear(normed_TC, weight, bias) for weight, bias in pairs if weight is not None)
+
+
+def norm_rotary(
+    q_TNH: Tensor, k_TKH: Tensor, q_norm_H: Tensor, k_norm_H: Tensor, eps: float, cos_TH: Tensor, sin_TH: Tensor
+) -> tuple[Tensor, Tensor]:
+    return rotary(rms_norm(q_TNH, q_norm_H, eps), rms_norm(k_TKH, k_norm_H, eps), cos_TH, sin_TH)
+
+
+def swiglu_linear(gate_TI: Tensor, up_TI: Tensor, weight_CI: Tensor, bias_C: Tensor | None) -> Tensor:
+    return linear(swiglu(gate_TI, up_TI), weight_CI, bias_C)
+
+
 def linear_cross_entropy(x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> Tensor:
     kept = targets_T != IGNORE
     log_probs = torch.log_softmax(x_TC[kept] @ weight_VC.T, -1)
@@ -98,13 +117,17 @@ DEFINITIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "gelu": gelu,
         "attention": attention,
         "linear_cross_entropy": linear_cross_entropy,
+        "norm_linear": norm_linear,
+        "norm_rotary": norm_rotary,
+        "swiglu_linear": swiglu_linear,
     }
 )
 
 
 def reference_ops(dtype: str = "float32") -> Ops:
     """All operations by their definitions, computed in float64, results rounded to `dtype` (the loss to fp32)."""
-    return Ops(dtype=dtype, **{name: _rounded(name, getattr(torch, dtype)) for name in OPERATIONS})
+    found: dict[str, Any] = {name: _rounded(name, getattr(torch, dtype)) for name in OPERATIONS}
+    return Ops(dtype=dtype, **found)
 
 
 def _rounded(name: str, dtype: torch.dtype) -> Callable[..., Any]:

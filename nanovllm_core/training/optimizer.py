@@ -17,7 +17,7 @@ def adamw(
     learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float],
-) -> torch.optim.AdamW:
+) -> LocalAdamW:
     """AdamW (Loshchilov and Hutter, 2019): matrices decay; vectors (norms, biases) do not. Fused on CPU and GPU.
 
     A parameter without a gradient is passed over: it neither moves nor decays, and has no state.
@@ -27,11 +27,24 @@ def adamw(
         {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return _Local([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=1e-8, fused=True)
+    return LocalAdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=1e-8, fused=True)
 
 
-class _Local(torch.optim.AdamW):
+class LocalAdamW(torch.optim.AdamW):
     """AdamW on what this rank holds of each tensor: it is elementwise, and going through DTensors costs a GPU its time."""
+
+    grad_scale: torch.Tensor | None = (
+        None  # names of torch's: what its fused kernel divides gradients by, as it reads them,
+    )
+    found_inf: torch.Tensor | None = None  # and whether it leaves everything as it is
+
+    def update(self, divisor: torch.Tensor, skip: torch.Tensor) -> None:
+        """One step by gradients / `divisor`, or none where `skip`: both fp32 on the device, which nobody waits for."""
+        self.grad_scale, self.found_inf = divisor, skip
+        try:
+            self.step()
+        finally:
+            self.grad_scale = self.found_inf = None
 
     def _init_group(self, group: dict[str, Any], *lists: list[torch.Tensor]) -> bool:  # fills the lists for one step
         has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]

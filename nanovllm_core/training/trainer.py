@@ -6,7 +6,6 @@ accumulation, world size and packing change the arithmetic's order, never its me
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -18,8 +17,10 @@ from nanovllm_core.errors import TrainingError
 from nanovllm_core.training.best import Best, Patience
 from nanovllm_core.training.checkpoint import random_state
 from nanovllm_core.training.evaluate import Evaluation, evaluate
+from nanovllm_core.training.figures import Figures
 from nanovllm_core.training.freezing import Freezing, freeze_until
 from nanovllm_core.training.guard import BadSteps, Guard
+from nanovllm_core.training.measure import Meter
 from nanovllm_core.training.optimizer import adamw
 from nanovllm_core.training.recompute import recompute_blocks
 from nanovllm_core.training.schedule import Schedule
@@ -96,8 +97,11 @@ class Trainer:
         evaluation: Evaluation | None,
         stop: Stops | None = None,
         at: At = lambda doing, alone=False: None,
+        meter: Meter | None = None,
     ) -> None:
         self.at = at  # told what begins that other ranks wait for
+        device = next(p.device.type for _, p in model.module.named_parameters())
+        self.meter, self.reads_ahead = meter or Meter(device), device == "cuda"
         self.stop: Stops = stop or StopRequest()
         self.model, self.steps, self.settings, self.events, self.evaluation = model, steps, settings, events, evaluation
         if settings.patience is not None and evaluation is None:
@@ -106,6 +110,7 @@ class Trainer:
                 "document), so there is nothing to stop by; leave it out or hold documents out"
             )
         self.step, self.position = 0, 0
+        self.ahead: tuple[int, Step] | None = None  # a position, and the step read for it
         self.evaluated = False  # the held-out figures are of this step
         self.random = random_state()  # after this step: a step that is abandoned may have drawn from it
         self.metrics: dict[str, float] = {}  # the newest held-out figures
@@ -137,26 +142,42 @@ class Trainer:
             self.before = self.metrics
         elif not self.evaluated and self._due(self.step):  # interrupted before it was made
             self._is_enough()
-        window = _Window()
+        self.meter.start()
         while self.step < s.total_steps and not self.best.exhausted(s.patience):
             self._thaw()
-            data = self.steps.step(self.position)
+            self.meter.begin(self.step + 1, self._logged(self.step + 1))
+            data = self._data(self.position)
             metrics = self._optimize(data)
             self.at(f"after step {self.step + 1}", alone=True)
             self.step, self.position, self.evaluated = self.step + 1, data.next_position, False
             self.random = random_state()
-            window.add(data)
+            self.meter.end(data)
             last = self.step == s.total_steps
-            if metrics and (self.step % s.logging_steps == 0 or self.step == 1 or last):
-                metrics |= {**window.close(), "epoch": data.epoch, "total_steps": s.total_steps}
+            if metrics and self._logged(self.step):
+                metrics |= {**self.meter.close(), "epoch": data.epoch, "total_steps": s.total_steps}
                 self.events.step_done(step=self.step, metrics=metrics)
-            with window.paused():
+            with self.meter.paused():
                 if self._due(self.step):
                     last |= self._is_enough()
                 if last or self.step % s.save_steps == 0 or self.best.step == self.step:
                     self.at(f"saving after step {self.step}", alone=True)
                     save(self)
                 tick()
+
+    def _data(self, position: int) -> Step:
+        """The step that begins there, read already or not."""
+        at, step = self.ahead or (-1, None)
+        self.ahead = None
+        return step if step is not None and at == position else self.steps.step(position)
+
+    def _read_ahead(self, position: int) -> None:
+        """The next step's data, while the device is at work (a CPU has no time to spare)."""
+        if self.reads_ahead and self.step + 1 < self.settings.total_steps:
+            self.ahead = position, self.steps.step(position)
+
+    def _logged(self, step: int) -> bool:
+        """Whether this step's figures are told."""
+        return step % self.settings.logging_steps == 0 or step in (1, self.settings.total_steps)
 
     def _due(self, step: int) -> bool:
         """Whether the held-out documents are measured after this step."""
@@ -235,45 +256,30 @@ class Trainer:
         for i, micro in enumerate(self.stop.checked(data.micro_batches), 1):
             self.at(f"step {self.step + 1}, micro-batch {i}")
             with model.micro_batch(last=i == len(data.micro_batches)):
+                self.meter.phase("forward")
                 loss = model(micro.tokens, micro.batch, micro.targets) / max(1, data.trained)
+                self.meter.phase("backward")
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
             losses.append(loss.detach())
         self.at(f"step {self.step + 1}, the optimizer")
-        table = of_all_ranks(model, torch.stack(losses))
-        value = sum(table.double().t().flatten().tolist())  # in one order, whoever made them
-        norm = float(model.clip(s.clipping))
-        if bad := self.guard.accept(value, norm):
-            self.optimizer.zero_grad(set_to_none=True)
-            self.events.note(text=self.guard.deal(self.step + 1, bad, self.steps.sources(self.position)))
-            return {}
+        self.meter.phase("optimizer")
+        norm = model.clip(0)
+        figures = Figures(of_all_ranks(model, torch.stack(losses)), norm)
+        self.meter.read(self._logged(self.step + 2))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        divisor = (norm / s.clipping).clamp(min=1.0) if s.clipping > 0 else torch.ones_like(norm)
+        judged_here = s.bad_steps.spike_factor is not None  # else the device itself leaves out what is not finite
+        if not judged_here:
+            self.optimizer.update(divisor, figures.not_finite)
+        self._read_ahead(data.next_position)
+        value, length = figures.read()
+        bad = self.guard.accept(value, length)
+        if judged_here and not bad:
+            self.optimizer.update(divisor, figures.not_finite)
         self.optimizer.zero_grad(set_to_none=True)
+        if bad:
+            self.events.note(text=self.guard.deal(self.step + 1, bad, self.steps.sources(self.position)))
+            return {}
         skipped = {"skipped_steps": self.guard.skipped} if self.guard.skipped else {}
-        return {"loss": value, "learning_rate": learning_rate, "gradient_norm": norm, **skipped}
-
-
-class _Window:
-    """Speed since the last logged step; evaluation and saving do not count."""
-
-    def __init__(self) -> None:
-        self.began, self.tokens, self.held = time.perf_counter(), 0, 0.0
-
-    def add(self, data: Step) -> None:
-        self.tokens += data.tokens
-
-    def close(self) -> dict[str, float]:
-        now = time.perf_counter()
-        speed = self.tokens / max(1e-9, now - self.began - self.held)
-        self.began, self.tokens, self.held = now, 0, 0.0
-        return {"tokens_per_second": speed}
-
-    def paused(self) -> _Window:
-        return self
-
-    def __enter__(self) -> None:
-        self.stopped = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        self.held += time.perf_counter() - self.stopped
+        return {"loss": value, "learning_rate": learning_rate, "gradient_norm": length, **skipped}

@@ -96,7 +96,7 @@ def test_plugins(tmp_path):
         (["run", "recipe.yaml", "--set", "model.sise=tiny"], "did you mean 'size'"),
         (
             ["run", "recipe.yaml", "--without", "kernels:torch"],
-            "kernels.embedding: no component accepts: (none is installed, or --without leaves them out)",
+            "kernels.embedding: no component accepts:\n  flash_attn: ",
         ),
         (["run", "recipe.yaml", "--set", "tokenizer={use: hf, path: ./nowhere}"], "./nowhere: no such folder"),
         (["generate", "docs", "--prompt", "x"], "docs: no config.json"),

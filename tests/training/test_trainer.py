@@ -158,3 +158,35 @@ def test_steps_know_their_part_of_the_whole(tiny):
         trainer.run(lambda t: None)
         losses.append(heard.steps[1]["loss"])
     assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-6)
+
+
+class Noted:
+    """Steps, and the positions that were asked for."""
+
+    def __init__(self, steps, positions):
+        self.steps, self.positions = steps, positions
+
+    def step(self, position):
+        self.positions.append(position)
+        return self.steps.step(position)
+
+
+def test_reading_the_next_step_ahead_changes_nothing(tiny):
+    """As on a GPU: each step is read once, in order, and none beyond the last."""
+    documents, ends = tiny.random_documents(seed=13), []
+    for ahead in (False, True):
+        heard, positions = tiny.Heard(), []
+        trainer = tiny.trainer(documents, heard)
+        trainer.steps, trainer.reads_ahead = Noted(trainer.steps, positions), ahead
+        trainer.run(lambda t: None)
+        ends.append(
+            (
+                positions,
+                [m["loss"] for m in heard.steps.values()],
+                [p.detach() for p in trainer.model.module.parameters()],
+            )
+        )
+    plain, ahead = ends
+    assert plain[:2] == ahead[:2]
+    assert len(plain[0]) == tiny.STEPS
+    assert all(torch.equal(a, b) for a, b in zip(plain[2], ahead[2], strict=True))

@@ -8,6 +8,7 @@ made once; that costs holding the weight's gradient (fp32) until the backward. I
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,26 +24,30 @@ MIN_ROWS, MAX_ROWS = 64, 1024
 
 def linear_cross_entropy(x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> Tensor:
     """Sum of -log softmax(x @ weight.T)[target] over targets that are not IGNORE: a scalar in fp32."""
-    return _LinearCrossEntropy.apply(x_TC, weight_VC, targets_T)
+    return LinearCrossEntropy.apply(_chunked, x_TC, weight_VC, targets_T)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+Chunked = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor | None, Tensor | None]]
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Of a function that makes the loss and, as asked, the gradients of x and weight for a loss gradient of one."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        needs_x, needs_weight, _ = ctx.needs_input_grad
-        loss, d_x, d_weight = _chunked(x, weight, targets, needs_x, needs_weight)
+    def forward(ctx: Any, chunked: Chunked, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        loss, d_x, d_weight = chunked(x, weight, targets, *ctx.needs_input_grad[1:3])
         ctx.save_for_backward(x, weight, targets)
-        ctx.gradients = (d_x, d_weight)
+        ctx.chunked, ctx.gradients = chunked, (d_x, d_weight)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
         if ctx.gradients is None:  # a second backward of a retained graph: the first took its gradients away
-            ctx.gradients = _chunked(*ctx.saved_tensors, *ctx.needs_input_grad[:2])[1:]
+            ctx.gradients = ctx.chunked(*ctx.saved_tensors, *ctx.needs_input_grad[1:3])[1:]
         d_x, d_weight = ctx.gradients
         ctx.gradients = None
-        return None if d_x is None else d_x.mul_(grad), None if d_weight is None else d_weight.mul_(grad), None
+        return None, None if d_x is None else d_x.mul_(grad), None if d_weight is None else d_weight.mul_(grad), None
 
 
 def _chunked(

@@ -17,6 +17,14 @@ class Weights(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
 
 
+Matrices = tuple[Tensor | None, ...]  # weight, bias | None, weight, ...
+
+
+def matrices(*projections: Weights) -> Matrices:
+    """Weight and bias of each, as `Ops.norm_linear` takes them."""
+    return tuple(x for p in projections for x in (p.weight, p.bias))
+
+
 def logits_or_loss(ops: Ops, x_TC: Tensor, head_VC: Tensor, batch: Batch, targets_T: Tensor | None) -> Tensor:
     """With targets the summed loss, an fp32 scalar; else fp32 logits [n, V] of `batch.select`."""
     if targets_T is not None:

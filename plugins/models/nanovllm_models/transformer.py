@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nanovllm_core.contracts import KV, Batch, Ops
 from nanovllm_models.config import TransformerConfig
-from nanovllm_models.modules import Weights, logits_or_loss
+from nanovllm_models.modules import Matrices, Weights, logits_or_loss, matrices
 from nanovllm_models.rope import cos_sin
 
 ROLES: Mapping[str, str] = {
@@ -82,10 +82,14 @@ class _Block(nn.Module):
         self.mlp = _MLP(config, ops)
 
     def forward(self, x_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, batch: Batch, kv: KV | None) -> Tensor:
-        h_TC = self.ops.rms_norm(x_TC, self.input_layernorm.weight, self.eps)
-        x_TC = x_TC + self.self_attn(h_TC, cos_TH, sin_TH, batch, kv)
-        h_TC = self.ops.rms_norm(x_TC, self.post_attention_layernorm.weight, self.eps)
-        return x_TC + self.mlp(h_TC)
+        x_TC, *qkv = self.ops.norm_linear(
+            x_TC, None, self.input_layernorm.weight, self.eps, *self.self_attn.projections
+        )
+        found_TC = self.self_attn(*qkv, cos_TH, sin_TH, batch, kv)
+        x_TC, gate, up = self.ops.norm_linear(
+            x_TC, found_TC, self.post_attention_layernorm.weight, self.eps, *self.mlp.projections
+        )
+        return x_TC + self.mlp(gate, up)
 
 
 class _Attention(nn.Module):
@@ -100,15 +104,20 @@ class _Attention(nn.Module):
         self.q_norm = Weights(config.head_dim) if config.qk_norm else None
         self.k_norm = Weights(config.head_dim) if config.qk_norm else None
 
-    def forward(self, x_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, batch: Batch, kv: KV | None) -> Tensor:
+    @property
+    def projections(self) -> Matrices:
+        return matrices(self.q_proj, self.k_proj, self.v_proj)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cos_TH: Tensor, sin_TH: Tensor, batch: Batch, kv: KV | None
+    ) -> Tensor:
         ops, heads = self.ops, (-1, self.head_dim)  # -1: a tensor-parallel rank holds part of the heads
-        q_TNH = ops.linear(x_TC, self.q_proj.weight, self.q_proj.bias).unflatten(1, heads)
-        k_TKH = ops.linear(x_TC, self.k_proj.weight, self.k_proj.bias).unflatten(1, heads)
-        v_TKH = ops.linear(x_TC, self.v_proj.weight, self.v_proj.bias).unflatten(1, heads)
+        q_TNH, k_TKH, v_TKH = (x.unflatten(1, heads) for x in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
-            q_TNH = ops.rms_norm(q_TNH, self.q_norm.weight, self.eps)
-            k_TKH = ops.rms_norm(k_TKH, self.k_norm.weight, self.eps)
-        q_TNH, k_TKH = ops.rotary(q_TNH, k_TKH, cos_TH, sin_TH)
+            norms = self.q_norm.weight, self.k_norm.weight
+            q_TNH, k_TKH = ops.norm_rotary(q_TNH, k_TKH, *norms, self.eps, cos_TH, sin_TH)
+        else:
+            q_TNH, k_TKH = ops.rotary(q_TNH, k_TKH, cos_TH, sin_TH)
         o_TNH = ops.attention(q_TNH, k_TKH, v_TKH, batch, kv, self.window)
         return ops.linear(o_TNH.flatten(1), self.o_proj.weight, self.o_proj.bias)
 
@@ -121,7 +130,9 @@ class _MLP(nn.Module):
         self.up_proj = Weights(config.intermediate, config.hidden, bias=config.mlp_bias)
         self.down_proj = Weights(config.hidden, config.intermediate, bias=config.mlp_bias)
 
-    def forward(self, x_TC: Tensor) -> Tensor:
-        gate = self.ops.linear(x_TC, self.gate_proj.weight, self.gate_proj.bias)
-        up = self.ops.linear(x_TC, self.up_proj.weight, self.up_proj.bias)
-        return self.ops.linear(self.ops.swiglu(gate, up), self.down_proj.weight, self.down_proj.bias)
+    @property
+    def projections(self) -> Matrices:
+        return matrices(self.gate_proj, self.up_proj)
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.ops.swiglu_linear(gate, up, self.down_proj.weight, self.down_proj.bias)

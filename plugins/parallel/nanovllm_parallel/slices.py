@@ -87,6 +87,7 @@ class Sliced:
             rms_norm=self.rms_norm,
             layer_norm=self.layer_norm,
             linear_cross_entropy=self.linear_cross_entropy,
+            joined={},  # they take whole weights
         )
 
     # ------------------------------------------------------------ operations

@@ -1,0 +1,28 @@
+"""What launches of the Triton kernels share: rows of a tensor, and how many programs walk over them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+PER_PROCESSOR = 4  # programs of a kernel whose programs walk over many rows
+ON_CPU = 3  # in the interpreter: few, so that tests meet programs with several tiles
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[R, C], its columns side by side; a copy only where a view cannot be that."""
+    flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def programs(device: torch.device, tiles: int) -> int:
+    """How many programs share so many tiles."""
+    return min(tiles, PER_PROCESSOR * processors(device) if device.type == "cuda" else ON_CPU)
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

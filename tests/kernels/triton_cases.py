@@ -1,0 +1,107 @@
+"""Tests of the Triton kernels on small calls, for a process of their own: `test_triton.py` starts it.
+
+Where there is no GPU they run in Triton's interpreter, which is settled when triton is first imported (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nanovllm_kernels.triton import SOURCES, Triton
+
+from nanovllm_core.contracts import Accept, KernelRequest, Refuse
+from nanovllm_core.testing.kernel_calls import answer, calls, defined, poisoned, share, strided
+from nanovllm_core.testing.kernel_cases import SHAPES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}  # shares of the largest value; the interpreter's casts to bf16 truncate
+
+
+def request_for(operation: str, dtype: str = "float32") -> KernelRequest:
+    return KernelRequest(operation=operation, device=DEVICE, dtype=dtype, shape=SHAPES[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("operation", SOURCES)
+def test_outputs_and_gradients_are_those_of_the_definition(operation: str, dtype: str) -> None:
+    """New memory holds NaN until it is written; one token, none, and more than a program's rows."""
+    request, function = request_for(operation, dtype), Triton().load(request_for(operation, dtype))
+    for lengths in ((5, 1, 9), (1,), ()):
+        for call in calls(request, lengths):
+            with poisoned():
+                found = answer(function, call, call.leaves)
+            right = defined(operation, call, call.leaves)
+            pairs = zip([*found.outputs, *found.gradients], [*right.outputs, *right.gradients], strict=True)
+            for i, (a, b) in enumerate(pairs):
+                assert a is not None
+                assert b is not None
+                assert share(a, b) <= TOLERANCE[dtype], (call.label, lengths, i)
+
+
+@pytest.mark.parametrize("operation", [o for o in SOURCES if o not in ("linear", "linear_cross_entropy")])
+def test_inputs_may_be_parts_of_wider_rows(operation: str) -> None:
+    request = request_for(operation)
+    call = calls(request, (5, 2))[0]
+    for i in call.activations:
+        call.args[i] = strided(call.args[i]).tensor
+    found, right = (
+        answer(Triton().load(request), call, call.leaves),
+        defined(operation, call, call.leaves),
+    )
+    for a, b in zip([*found.outputs, *found.gradients], [*right.outputs, *right.gradients], strict=True):
+        assert a is not None
+        assert b is not None
+        assert share(a, b) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("operation", ["rms_norm", "layer_norm", "norm_rotary", "norm_linear"])
+def test_a_program_walks_over_many_tiles(operation: str) -> None:
+    """More tiles than programs: what each adds up over its tiles, and all of them together, is the whole sum."""
+    request = request_for(operation)
+    call = calls(request, (150,))[0]
+    found, right = answer(Triton().load(request), call, call.leaves), defined(operation, call, call.leaves)
+    for a, b in zip(found.gradients, right.gradients, strict=True):
+        assert a is not None
+        assert b is not None
+        assert share(a, b) <= TOLERANCE["float32"]
+
+
+def test_the_loss_is_made_in_chunks_of_vocabulary_and_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanovllm_kernels import triton_loss
+
+    monkeypatch.setattr(triton_loss, "BLOCK", 32)  # of 97
+    monkeypatch.setattr(triton_loss, "chunk_rows", lambda tokens, vocabulary: 4)  # of 11
+    call = calls(request_for("linear_cross_entropy"), (11,))[0]
+    call.args[2][3:6] = -100
+    found = answer(triton_loss.linear_cross_entropy, call, call.leaves)
+    right = defined("linear_cross_entropy", call, call.leaves)
+    for a, b in zip([*found.outputs, *found.gradients], [*right.outputs, *right.gradients], strict=True):
+        assert a is not None
+        assert b is not None
+        assert share(a, b) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "rows"), [(32_768, 151_936, 8_192), (1_000, 97, 1_024), (5, 2**31, 1)]
+)
+def test_a_chunk_is_a_quarter_of_the_tokens_within_bounds(tokens: int, vocabulary: int, rows: int) -> None:
+    from nanovllm_kernels.triton_loss import chunk_rows
+
+    assert chunk_rows(tokens, vocabulary) == rows
+
+
+def test_refuses_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = Triton().probe
+    asked = {"operation": "rms_norm", "device": "cuda", "dtype": "bfloat16", "shape": SHAPES[0]}
+    accepted = probe(KernelRequest(**asked))
+    assert isinstance(accepted, Accept)
+    assert accepted.priority == 20
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for change, reason in (
+        ({"operation": "attention"}, "does not implement 'attention'"),
+        ({"dtype": "float16"}, "dtype 'float16' is not one of"),
+        ({"device": "cpu"}, "Triton compiles for a GPU"),
+    ):
+        refused = probe(KernelRequest(**asked | change))
+        assert isinstance(refused, Refuse)
+        assert reason in refused.why
