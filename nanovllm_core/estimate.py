@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import Literal
 
 from attrs import frozen
 
@@ -46,7 +47,7 @@ def training_memory(
     tokens: int,
     dtype: str,
     device: str = "cpu",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | Literal["selective"] = False,
     accumulates: bool = False,
     mixed: bool = True,
     frozen: int = 0,
@@ -83,8 +84,10 @@ def training_memory(
     block = _block(shape, tokens, s, t, keeps_output=_keeps_output(s, device, mixed), again="swiglu_linear" in joined)
     block += casts
     ends = 2 * between + tokens * (8 * shape.head_dim + 40)  # final norm; cos, sin, ids, targets, positions, places
-    blocks = shape.layers * (between if gradient_checkpointing else block)
-    again = block if gradient_checkpointing else 0
+    recomputed = {True: shape.layers, False: 0, "selective": (shape.layers + 1) // 2}[gradient_checkpointing]
+    blocks = recomputed * between + (shape.layers - recomputed) * block
+    last_again = gradient_checkpointing is True or (gradient_checkpointing == "selective" and shape.layers % 2 == 1)
+    again = block if last_again else 0  # while all others are kept: of an earlier one those behind it are gone
     down = shape.hidden * shape.intermediate // t
     back = tokens * s * (2 * shape.intermediate // t + shape.hidden) + 4 * down  # gradients in a block, at its widest
     loss = _loss(shape, tokens, s, device, vocabulary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike, fspath
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from nanovllm_core.contracts import Shape
 from nanovllm_core.errors import ModelError
@@ -30,7 +30,7 @@ def estimate_training_memory(
     batch_size: int = 1,
     sequence_length: int = 2048,
     *,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | Literal["selective"] = False,
     mixed_precision: bool | str = False,
     gradient_accumulation_steps: int = 1,
     device: str | None = None,

@@ -16,19 +16,24 @@ from nanovllm_core.plan import Plan
 def estimate(plan: Plan) -> str:
     """The estimate for a person to read."""
     recipe, shape = plan.recipe, plan.model.shape
-    other = not recipe.train.gradient_checkpointing
-    without = evolve(recipe, train=evolve(recipe.train, gradient_checkpointing=other))
-    memory = memory_of(
-        without, plan.machine, shape, plan.model.dtype, plan.model.frozen, plan.model.layout, plan.model.joined
-    )
+    others = [v for v in ("selective", True, False) if v != recipe.train.gradient_checkpointing]
     lines = [
         f"{shape.family}, {shape.parameters:,} parameters ({plan.model.frozen:,} frozen), {plan.model.dtype} on "
         f"{plan.machine.device} ({size_text(plan.machine.memory)} free); a micro-batch of "
         f"{recipe.train.per_device_train_batch_size} x {recipe.data.max_seq_length} tokens",
         *memory_lines(plan),
-        f"with train.gradient_checkpointing: {str(other).lower()} the total is {size_text(memory.total)}",
+        *(
+            f"with train.gradient_checkpointing: {str(v).lower()} the total is {size_text(_total(plan, v))}"
+            for v in others
+        ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _total(plan: Plan, checkpointing: Any) -> int:
+    recipe, model = plan.recipe, plan.model
+    other = evolve(recipe, train=evolve(recipe.train, gradient_checkpointing=checkpointing))
+    return memory_of(other, plan.machine, model.shape, model.dtype, model.frozen, model.layout, model.joined).total
 
 
 def memory_lines(plan: Plan) -> Iterator[str]:
@@ -61,7 +66,7 @@ def out_of_memory(plan: Plan, error: BaseException) -> TrainingError | None:
             f"train.per_device_train_batch_size: {rows // 2} with train.gradient_accumulation_steps: {2 * steps}, which keeps "
             "the step"
         )
-    if not train.gradient_checkpointing:
+    if train.gradient_checkpointing is not True:
         cures.append("train.gradient_checkpointing: true")
     cures.append(f"a lower data.max_seq_length (now {data.max_seq_length})")
     cures.append("parallel: fsdp on more devices" if plan.model.layout.tensor == 1 else "more devices")

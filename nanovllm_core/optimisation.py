@@ -31,7 +31,7 @@ class Train:
     mixed_precision: compute type; auto is bf16 on GPU and fp32 on CPU
     gradient_clipping: largest global norm of the gradient; 0 is off
     gradient_checkpointing: run each block again in the backward instead of keeping its activations; less memory, a third
-      more arithmetic, the same figures
+      more arithmetic, the same figures; selective does so for every second block
     freeze: parameters that are not trained, as patterns over their names, e.g. "model.layers.0.*"
     unfreeze: parameters that are frozen until a moment, e.g. [{at: 0.5, parameters: ["model.layers.*"]}]
     unfreeze_blocks_every: steps, or share of the run; blocks are frozen and thaw one by one, from the last down
@@ -66,7 +66,7 @@ class Train:
     decay_shape: Literal["1-sqrt", "linear"] | None = field(default=None)
     mixed_precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_clipping: float = field(default=1.0, validator=at_least(0))
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     freeze: tuple[str, ...] = ()
     unfreeze: tuple[Thaw, ...] = ()
     unfreeze_blocks_every: int | float | None = field(default=None, validator=moment)

@@ -42,7 +42,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     keys = made.add_argument_group("keys")
     for key, meaning in TABLE.items():
         default = meaning.default
-        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if meaning.type is bool else {}
+        alone = bool in (meaning.type, *get_args(meaning.type))  # the flag by itself means true
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if alone else {}
         said = json.dumps(default, ensure_ascii=False)
         keys.add_argument(
             f"--{key}",

@@ -17,13 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from nanovllm_core.contracts import Module
 
 
-def recompute_blocks(module: Module) -> None:
-    """Let each of `module.blocks` recompute. Evaluation and generation, which keep nothing, run as before.
+def recompute_blocks(module: Module, every: int = 1) -> None:
+    """Let each of `module.blocks` recompute, or every second, ... from the first. Evaluation and generation, which keep nothing,
+    run as before.
 
     The block's own `forward` is replaced: names of parameters stay, and hooks of a strategy (which gathers a sharded
     block's weights) stay around both runs.
     """
-    for block in module.blocks:
+    for block in module.blocks[::every]:
         block.forward = _recomputed(block.forward)
 
 

@@ -7,7 +7,7 @@ accumulation, world size and packing change the arithmetic's order, never its me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from attrs import asdict, evolve, fields_dict, frozen
@@ -43,7 +43,7 @@ class Settings:
     logging_steps: int
     eval_steps: int
     save_steps: int
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     freezing: Freezing = Freezing()
     bad_steps: BadSteps = BadSteps()
     patience: Patience | None = None
@@ -120,7 +120,7 @@ class Trainer:
         if settings.freezing:
             self.trained_from = settings.freezing.trained_from(model.module, settings.total_steps)
         if settings.gradient_checkpointing:
-            recompute_blocks(model.module)
+            recompute_blocks(model.module, every=2 if settings.gradient_checkpointing == "selective" else 1)
         self.optimizer = adamw(
             model.module.named_parameters(),
             learning_rate=settings.learning_rate,

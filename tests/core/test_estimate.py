@@ -113,14 +113,14 @@ def test_activations_are_what_autograd_saves(options, lengths, dtype, checkpoint
 @pytest.mark.parametrize(
     ("options", "lengths", "micro_batches"), [(*c, 1) for c in CASES] + [(*c, 2) for c in CASES[2:]]
 )
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"], ids=["kept", "recomputed", "selective"])
 def test_the_total_is_the_most_that_lives_in_a_step(options, lengths, dtype, checkpointing, micro_batches):
     plan = evolve(planned(**options), dtype=dtype)
     living, mixed, lengths = Living(), lengths is MIXED, shorter(lengths, dtype)
     with living:
         module = assemble(plan, "cpu", seed=1, training=True).module
         if checkpointing:
-            recompute_blocks(module)
+            recompute_blocks(module, every=2 if checkpointing == "selective" else 1)
         optimizer = adamw(module.named_parameters(), learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
         for step in range(2):
             living.most = 0 if step else living.most  # the first has no moments yet

@@ -16,6 +16,7 @@ def test_the_estimate_of_a_recipe(folder, capsys):
     told = capsys.readouterr().out
     assert "total" in told
     assert "with train.gradient_checkpointing: true the total is" in told
+    assert "with train.gradient_checkpointing: selective the total is" in told
     assert main([*arguments, "--json"]) == 0
     frozen = json.loads(capsys.readouterr().out)
     assert main([*arguments[:2], "--json"]) == 0

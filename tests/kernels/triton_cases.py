@@ -8,6 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from nanovllm_kernels.triton import SOURCES, Triton
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nanovllm_core.contracts import Accept, KernelRequest, Refuse
 from nanovllm_core.testing.kernel_calls import answer, calls, defined, poisoned, share, strided
@@ -70,6 +72,7 @@ def test_the_loss_is_made_in_chunks_of_vocabulary_and_of_rows(monkeypatch: pytes
     from nanovllm_kernels import triton_loss
 
     monkeypatch.setattr(triton_loss, "BLOCK", 32)  # of 97
+    monkeypatch.setattr(triton_loss, "ALIGNED", 8)  # 104
     monkeypatch.setattr(triton_loss, "chunk_rows", lambda tokens, vocabulary: 4)  # of 11
     call = calls(request_for("linear_cross_entropy"), (11,))[0]
     call.args[2][3:6] = -100
@@ -88,6 +91,26 @@ def test_a_chunk_is_a_quarter_of_the_tokens_within_bounds(tokens: int, vocabular
     from nanovllm_kernels.triton_loss import chunk_rows
 
     assert chunk_rows(tokens, vocabulary) == rows
+
+
+def test_a_block_that_is_computed_again_makes_no_product_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`swiglu_linear` at its end: the second run is over before it, and gradients are those without it, bit for bit."""
+    from nanovllm_kernels import triton_swiglu
+
+    call, products = calls(request_for("swiglu_linear"), (5, 1, 9))[0], []
+    inner = triton_swiglu.product
+    monkeypatch.setattr(triton_swiglu, "product", lambda gate, up: products.append(1) or inner(gate, up))
+
+    def block(gate: Tensor, up: Tensor, *rest: Tensor) -> Tensor:
+        return triton_swiglu.swiglu_linear(gate * 2, up * 2, *rest)
+
+    plain = answer(block, call, call.leaves)
+    again = answer(lambda *args: checkpoint(block, *args, use_reentrant=False), call, call.leaves)
+    assert len(products) == 2  # one a forward
+    for a, b in zip(plain.gradients, again.gradients, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
 
 
 def test_refuses_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from nanovllm_core.contracts import IGNORE
 from nanovllm_kernels.products import weight_gradient
@@ -18,14 +19,15 @@ from nanovllm_kernels.torch_loss import LinearCrossEntropy
 
 PARTS = 4  # chunks of a batch: fewer hold more logits, more add the weight's gradient more often
 ROWS, LOGITS = 1024, 5 * 2**28  # of a chunk: at least these rows, at most these logits (2.7 GB in bf16)
+ALIGNED = 64  # columns of logits come in such multiples (W): products into rows of odd sizes are slow
 BLOCK = 8192  # logits that a program looks at at once
 
 
 @triton.jit
-def _rows(logits_ptr, target_ptr, loss_ptr, vocabulary, stride, IGNORED: tl.constexpr, GRADIENT: tl.constexpr,
+def _rows(logits_ptr, target_ptr, loss_ptr, vocabulary, width, IGNORED: tl.constexpr, GRADIENT: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    logits = logits_ptr + row * stride
+    logits = logits_ptr + row * width
     target = tl.load(target_ptr + row)
     column = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -46,13 +48,13 @@ def _rows(logits_ptr, target_ptr, loss_ptr, vocabulary, stride, IGNORED: tl.cons
     if GRADIENT:
         tl.debug_barrier()  # the target's logit is read before it is overwritten
         share = tl.where(trained, 1.0, 0.0)
-        blocks = tl.cdiv(vocabulary, BLOCK)
+        blocks = tl.cdiv(width, BLOCK)
         for back in range(1, blocks + 1):  # from the end, which was read last
             first = (blocks - back) * BLOCK
             inside = first + column < vocabulary
             x = tl.load(logits + first + column, inside, -float("inf"), eviction_policy="evict_first").to(tl.float32)
             grad = tl.exp(x - highest) / sum_of_all - tl.where(first + column == at, 1.0, 0.0)
-            tl.store(logits + first + column, (grad * share).to(logits_ptr.dtype.element_ty), inside)
+            tl.store(logits + first + column, (grad * share).to(logits_ptr.dtype.element_ty), first + column < width)
 
 
 def linear_cross_entropy(x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> Tensor:
@@ -65,35 +67,38 @@ def _chunked(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss and the gradients asked for, of a loss gradient of one."""
     tokens, vocabulary = len(x), len(weight)
+    width = -(-vocabulary // ALIGNED) * ALIGNED
     cast = weight.to(x.dtype)
+    if width > vocabulary:  # their logits are there and count for nothing
+        cast = F.pad(cast, (0, 0, 0, width - vocabulary))
     loss_T = torch.empty(tokens, dtype=torch.float32, device=x.device)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
     d_weight: Tensor | None = None
-    rows = chunk_rows(tokens, vocabulary)
-    buffer = torch.empty(min(rows, tokens), vocabulary, dtype=x.dtype, device=x.device)
+    rows = chunk_rows(tokens, width)
+    buffer = torch.empty(min(rows, tokens), width, dtype=x.dtype, device=x.device)
     for start in range(0, tokens, rows):
         x_RC, target_R = x[start : start + rows], targets[start : start + rows]
-        logits_RV = torch.mm(x_RC, cast.t(), out=buffer[: len(x_RC)])
+        logits_RW = torch.mm(x_RC, cast.t(), out=buffer[: len(x_RC)])
         _rows[(len(x_RC),)](
-            logits_RV, target_R, loss_T[start:], vocabulary, logits_RV.stride(0), IGNORED=IGNORE,
-            GRADIENT=needs_x or needs_weight, BLOCK=min(BLOCK, triton.next_power_of_2(vocabulary)), num_warps=16,
+            logits_RW, target_R, loss_T[start:], vocabulary, width, IGNORED=IGNORE, GRADIENT=needs_x or needs_weight,
+            BLOCK=min(BLOCK, triton.next_power_of_2(width)), num_warps=16,
         )  # fmt: skip
         if d_x is not None:
-            torch.mm(logits_RV, cast, out=d_x[start : start + rows])
+            torch.mm(logits_RW, cast, out=d_x[start : start + rows])
         if needs_weight:
-            d_weight = _added(d_weight, logits_RV, x_RC)
+            d_weight = _added(d_weight, logits_RW, x_RC)
     if needs_weight and d_weight is None:
         d_weight = torch.zeros_like(weight)
-    return loss_T.sum(), d_x, None if d_weight is None else d_weight.to(weight.dtype)
+    return loss_T.sum(), d_x, None if d_weight is None else d_weight[:vocabulary].to(weight.dtype)
 
 
-def _added(total_VC: Tensor | None, logits_RV: Tensor, x_RC: Tensor) -> Tensor:
+def _added(total_WC: Tensor | None, logits_RW: Tensor, x_RC: Tensor) -> Tensor:
     """total + logits.T @ x in fp32, in total's memory."""
-    if total_VC is None:
-        return weight_gradient(logits_RV, x_RC, torch.float32)
-    if logits_RV.is_cuda and logits_RV.dtype == torch.bfloat16:
-        return torch.addmm(total_VC, logits_RV.t(), x_RC, out_dtype=torch.float32, out=total_VC)
-    return total_VC.add_(logits_RV.t() @ x_RC)
+    if total_WC is None:
+        return weight_gradient(logits_RW, x_RC, torch.float32)
+    if logits_RW.is_cuda and logits_RW.dtype == torch.bfloat16:
+        return torch.addmm(total_WC, logits_RW.t(), x_RC, out_dtype=torch.float32, out=total_WC)
+    return total_WC.add_(logits_RW.t() @ x_RC)
 
 
 def chunk_rows(tokens: int, vocabulary: int) -> int:

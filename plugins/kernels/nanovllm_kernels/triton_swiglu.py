@@ -77,22 +77,50 @@ class _SwiGLU(torch.autograd.Function):
         return gradients(*ctx.saved_tensors, grad, again=False)[:2]
 
 
+Found = list[
+    Tensor | None
+]  # gradients of weight and bias: empty, until one node of a backward leaves them for the next
+
+
+class _Hold(torch.autograd.Function):
+    """Keeps what the backward needs, computes nothing, and hands gate and up on.
+
+    A block that is computed again for its backward (`gradient_checkpointing`) is over once all is there that was kept: as this
+    node keeps everything and stands before the product, neither the product nor the projection is made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, found: Found, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(gate, up, weight.to(gate.dtype))
+        ctx.found, ctx.dtypes = found, (weight.dtype, None if bias is None else bias.dtype)
+        return gate, up
+
+    @staticmethod
+    def backward(ctx: Any, d_gate: Tensor, d_up: Tensor) -> tuple[Tensor | None, ...]:
+        d_bias, d_weight = ctx.found.pop(), ctx.found.pop()
+        return None, d_gate, d_up, d_weight, d_bias
+
+
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        cast = weight.to(gate.dtype)
-        ctx.save_for_backward(gate, up, cast)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return F.linear(product(gate, up), cast, None if bias is None else bias.to(gate.dtype))
+    def forward(
+        ctx: Any, held: Any, found: Found, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.held, ctx.found = held, found
+        return F.linear(product(gate, up), weight.to(gate.dtype), None if bias is None else bias.to(gate.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, cast = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
+        held = ctx.held
+        gate, up, cast = held.saved_tensors
+        weight_dtype, bias_dtype = held.dtypes
         d_gate, d_up, out = gradients(gate, up, grad @ cast, again=True)
-        d_weight = weight_gradient(grad, out, weight_dtype) if ctx.needs_input_grad[2] else None
+        d_weight = weight_gradient(grad, out, weight_dtype) if held.needs_input_grad[3] else None
         d_bias = None if bias_dtype is None else grad.sum(0, dtype=torch.float32).to(bias_dtype)
-        return d_gate, d_up, d_weight, d_bias
+        ctx.found += (d_weight, d_bias)
+        return None, None, d_gate, d_up, None, None
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -102,4 +130,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_linear(gate_TI: Tensor, up_TI: Tensor, weight_CI: Tensor, bias_C: Tensor | None) -> Tensor:
     """(silu(gate) * up) @ weight.T + bias."""
-    return _SwiGLULinear.apply(gate_TI, up_TI, weight_CI, bias_C)
+    found: Found = []
+    gate_TI, up_TI = _Hold.apply(found, gate_TI, up_TI, weight_CI, bias_C)
+    bias_C = None if bias_C is None else bias_C.detach()
+    return _SwiGLULinear.apply(gate_TI.grad_fn, found, gate_TI, up_TI, weight_CI.detach(), bias_C)
