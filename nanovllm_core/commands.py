@@ -85,10 +85,15 @@ def _ranks(
 ) -> int:
     """Run a plan in this process as one of the run's, or start `--nproc` of them; the first does `before`."""
     from nanovllm_core.launch import launch, wanted
+    from nanovllm_core.training.launched import AGAIN, end_rank, orphaned, speaks
 
-    if wanted(args.nproc, args.max_restarts):
-        return launch(args.again, args.nproc, args.max_restarts)
-    from nanovllm_core.training.launched import AGAIN, orphaned
+    try:
+        if wanted(args.nproc, args.max_restarts):
+            return launch(args.again, args.nproc, args.max_restarts)
+    except Elsewhere as e:
+        if speaks():
+            print(f"nanovllm: {e}", file=sys.stderr)
+        return AGAIN
     from nanovllm_core.training.world import World
 
     try:
@@ -108,7 +113,7 @@ def _ranks(
         text = str(e) if isinstance(e, Elsewhere) else f"rank {world.rank}: {e}"
         if text and world.may_speak():
             print(f"nanovllm: {text}", file=sys.stderr)
-        return AGAIN if isinstance(e, Elsewhere) and e.lost else 2
+        return end_rank(AGAIN if isinstance(e, Elsewhere) and e.lost else 2)
 
 
 def _run(make_plan: Callable[[Callable[[], Machine]], Plan], world: World, profile: bool) -> int:

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from nanovllm_core.errors import RefusedError
-from nanovllm_core.training.launched import AGAIN
+from nanovllm_core.errors import Elsewhere, RefusedError
+from nanovllm_core.training.launched import AGAIN, GO_ON, ORPHAN
 
 NO_HELP = frozenset((2, 128 + signal.SIGINT, 128 + signal.SIGTERM))
 """Exit codes of ranks whose user must mend something, or has stopped them."""
@@ -52,7 +52,7 @@ def _count(text: str) -> int:
 
 
 def wanted(processes: str | None, restarts: int) -> bool:
-    """Whether this process is to start the ranks. Raises RefusedError."""
+    """Whether this process is to start the ranks. Raises RefusedError; Elsewhere in a rank whose launcher is no more."""
     if processes is None:
         if restarts:
             raise RefusedError(f"--max-restarts {restarts}: it needs --nproc, which starts the processes")
@@ -60,6 +60,8 @@ def wanted(processes: str | None, restarts: int) -> bool:
     if os.environ.get(LAUNCHER) == str(os.getppid()):
         return False
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        if LAUNCHER in os.environ:  # ours started it, and is its parent no longer
+            raise Elsewhere(f"{ORPHAN}; {GO_ON}", lost=True)
         raise RefusedError(f"--nproc {processes}: torchrun has started the processes already; leave one of the two out")
     return True
 

@@ -25,7 +25,7 @@ from nanovllm_core.errors import BrokenComponent, RecipeError, RefusedError
 from nanovllm_core.hooks import bound
 from nanovllm_core.hookspecs import Kernels, Models, Parallel, Tokenizers
 from nanovllm_core.machine import Machine
-from nanovllm_core.negotiate import Candidate, Choice, choose
+from nanovllm_core.negotiate import Candidate, Choice, ask, choose
 from nanovllm_core.recipe import AUTO, Component, Recipe
 from nanovllm_core.registry import Registry
 from nanovllm_core.slots import OURS, Slots
@@ -202,17 +202,24 @@ def _joined(slots: Slots, parts: Parts, request: KernelRequest, kernels: Mapping
 
     It is in one where the recipe names it, or a component offers it and none of its parts was chosen with a higher priority.
     """
-    name = request.operation
-    if name in parts.kernels:
+    name, named = request.operation, slots.recipe.kernels
+    if name in named and named[name].use != AUTO.use:
+        if request.tensor > 1:
+            place = line(
+                "it takes whole matrices, and this layout slices them; leave the key out",
+                named[name].at,
+                slots.recipe.text,
+            )
+            raise RefusedError(f"{place} (kernels.{name})")
         return _kernel(slots, parts, request)
-    its = [kernels[part] for part in JOINED[name]]
-    if request.tensor > 1 or any(part in parts.kernels for part in JOINED[name]):
+    if request.tensor > 1 or any(part in named and named[part].use != AUTO.use for part in JOINED[name]):
         return None
-    try:
-        choice = _kernel(slots, parts, request)
-    except RefusedError:
+    least = max(kernels[part].accept.priority for part in JOINED[name])
+    asked, _ = parts.kernels[name if name in parts.kernels else "*"]
+    verdicts = [ask(c, lambda k: bound(Kernels, k).probe(request=request)) for c in asked]
+    if not any(isinstance(v, Accept) and v.priority >= least for v in verdicts):
         return None
-    return choice if choice.accept.priority >= max(part.accept.priority for part in its) else None
+    return _kernel(slots, parts, request)
 
 
 def _compute_dtype(recipe: Recipe, machine: Machine) -> str:

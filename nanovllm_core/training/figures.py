@@ -1,7 +1,8 @@
 """A step's losses and the norm of its gradient, on their way from the device to the host.
 
-They are copied to the host behind the work that makes them and before the optimizer's, which the host queues at once: it waits
-for the copy alone, and the device has the optimizer's step to do while the host prepares the next forward.
+They are copied to the host behind the work that makes them and before the optimizer's, which the host queues at once unless it
+must judge the loss first (`train.spike_factor`): it waits for the copy alone, and the device has the optimizer's step to do while
+the host prepares the next forward.
 """
 
 from __future__ import annotations

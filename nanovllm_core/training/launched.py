@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,11 +15,26 @@ LOOK = 0.5  # seconds between two looks
 QUIET = 10.0  # seconds of waiting for other ranks without a word
 PARENT = os.getppid()
 ORPHAN = "the launcher that started the ranks has ended"
+GO_ON = "the same command goes on from the newest checkpoint, if there is one"
 
 
 def launched() -> bool:
     """Whether torchrun, or --nproc, has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def speaks() -> bool:
+    """Whether this rank is the one of its node that says what all would."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def end_rank(code: int) -> int:
+    """The code; a launched process ends with it at once, as torch's threads may abort while one that failed takes itself down."""
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def orphaned() -> bool:
@@ -32,10 +48,10 @@ def end_with_launcher(fail: Callable[[Elsewhere], None]) -> None:
     def mind() -> None:
         while not orphaned():
             time.sleep(LOOK)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks of a node one speaks
+        if speaks():
             os.write(
                 2,
-                f"nanovllm: {ORPHAN}; the same command goes on from the newest checkpoint, if there is one\n".encode(),
+                f"nanovllm: {ORPHAN}; {GO_ON}\n".encode(),
             )
         # The store may not answer any more: that is not waited for.
         error = Elsewhere(f"the launcher that started rank {os.environ.get('RANK')} has ended", lost=True)
@@ -52,6 +68,6 @@ def told_later(size: str, patience: float) -> threading.Timer:
     text = f"nanovllm: rank {rank} waits up to {patience:g} s until all {size} ranks have come to {place}\n"
     timer = threading.Timer(QUIET, os.write, (2, text.encode()))
     timer.daemon = True
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if speaks():
         timer.start()
     return timer

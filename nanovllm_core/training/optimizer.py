@@ -33,10 +33,9 @@ def adamw(
 class LocalAdamW(torch.optim.AdamW):
     """AdamW on what this rank holds of each tensor: it is elementwise, and going through DTensors costs a GPU its time."""
 
-    grad_scale: torch.Tensor | None = (
-        None  # names of torch's: what its fused kernel divides gradients by, as it reads them,
-    )
-    found_inf: torch.Tensor | None = None  # and whether it leaves everything as it is
+    # torch's names: what its fused kernel divides gradients by as it reads them, and whether it leaves everything as it is.
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
 
     def update(self, divisor: torch.Tensor, skip: torch.Tensor) -> None:
         """One step by gradients / `divisor`, or none where `skip`: both fp32 on the device, which nobody waits for."""

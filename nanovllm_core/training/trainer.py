@@ -7,6 +7,7 @@ accumulation, world size and packing change the arithmetic's order, never its me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -173,7 +174,9 @@ class Trainer:
     def _read_ahead(self, position: int) -> None:
         """The next step's data, while the device is at work (a CPU has no time to spare)."""
         if self.reads_ahead and self.step + 1 < self.settings.total_steps:
-            self.ahead = position, self.steps.step(position)
+            self.at(f"reading step {self.step + 2}", alone=True)
+            with suppress(Exception):  # it is read again when its turn comes, and raises then: this step is whole
+                self.ahead = position, self.steps.step(position)
 
     def _logged(self, step: int) -> bool:
         """Whether this step's figures are told."""
@@ -263,8 +266,9 @@ class Trainer:
             losses.append(loss.detach())
         self.at(f"step {self.step + 1}, the optimizer")
         self.meter.phase("optimizer")
-        norm = model.clip(0)
-        figures = Figures(of_all_ranks(model, torch.stack(losses)), norm)
+        told = of_all_ranks(model, torch.stack(losses))
+        norm = model.clip(0).to(told.device, torch.float32)
+        figures = Figures(told, norm)
         self.meter.read(self._logged(self.step + 2))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -273,10 +277,11 @@ class Trainer:
         if not judged_here:
             self.optimizer.update(divisor, figures.not_finite)
         self._read_ahead(data.next_position)
+        self.at(f"step {self.step + 1}, its figures")
         value, length = figures.read()
         bad = self.guard.accept(value, length)
-        if judged_here and not bad:
-            self.optimizer.update(divisor, figures.not_finite)
+        if judged_here:
+            self.optimizer.update(divisor, torch.full_like(divisor, float(bool(bad))))
         self.optimizer.zero_grad(set_to_none=True)
         if bad:
             self.events.note(text=self.guard.deal(self.step + 1, bad, self.steps.sources(self.position)))

@@ -11,7 +11,7 @@ from attrs import frozen
 
 from nanovllm_core.assemble import load_ops
 from nanovllm_core.contracts import JOINED, Accept, KernelRequest, Ops, Refuse, Verdict
-from nanovllm_core.errors import RefusedError
+from nanovllm_core.errors import AmbiguousComponent, RefusedError
 from nanovllm_core.hookspecs import hookimpl
 from nanovllm_core.machine import Machine
 from nanovllm_core.plan_model import ModelPlan, plan_model
@@ -77,6 +77,31 @@ def test_a_recipe_may_name_a_joined_operation() -> None:
     assert planned({"norm_rotary": "mine", "*": "auto"}, Lower).joined == ("norm_rotary",)
     with pytest.raises(RefusedError, match=r"kernels.norm_rotary: torch refuses: .*operation 'norm_rotary'"):
         planned({"norm_rotary": "torch", "*": "auto"})
+
+
+def test_auto_for_a_part_names_nobody() -> None:
+    assert set(planned({"linear": "auto", "*": "auto"}).joined) == set(JOINED)
+
+
+def test_a_tie_matters_only_where_one_of_them_would_be_used() -> None:
+    registry = Registry.from_environment()
+    for mine, stops in ((Lower, False), (Mine, True)):
+        recipe = Recipe.from_data({"model": {"use": "preset", "size": "tiny"}})
+        both = registry.extended(kernels={"mine": mine, "yours": mine})
+        if stops:
+            with pytest.raises(AmbiguousComponent, match="equal priority"):
+                plan_model(recipe, both, Machine())
+        else:
+            assert plan_model(recipe, both, Machine()).joined == ()
+
+
+def test_under_tensor_slices_there_is_none_and_a_named_one_is_an_error() -> None:
+    data = {"model": {"use": "preset", "size": "tiny"}, "parallel": "tensor"}
+    registry = Registry.from_environment().extended(kernels={"mine": Mine})
+    assert plan_model(Recipe.from_data(data), registry, Machine(world_size=2)).joined == ()
+    data["kernels"] = {"swiglu_linear": "mine", "*": "auto"}
+    with pytest.raises(RefusedError, match=r"kernels\.swiglu_linear: it takes whole matrices"):
+        plan_model(Recipe.from_data(data), registry, Machine(world_size=2))
 
 
 @pytest.mark.parametrize("name", JOINED)

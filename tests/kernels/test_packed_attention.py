@@ -93,8 +93,11 @@ def test_without_a_gpu_each_package_is_refused_by_name() -> None:
     assert "compute capability 8.0" in TorchVarlen().probe(ASKED).why
 
 
-def test_documents_of_one_length_go_to_cudnn_only_where_it_may_be_used() -> None:
-    from nanovllm_kernels.torch_attention import suits_cudnn
+@pytest.mark.parametrize(
+    ("lengths", "met"), [((256, 256), True), ((512,), True), ((512, 256), False), ((255, 255), False), ((), False)]
+)
+def test_only_common_sizes_are_handed_to_what_builds_a_plan_for_each(lengths: tuple[int, ...], met: bool) -> None:
+    from nanovllm_kernels.torch_attention import met_again, suits_cudnn
 
-    q = torch.zeros(512, 2, 8, dtype=torch.bfloat16)
-    assert not suits_cudnn(q, (256, 256))  # on a CPU
+    assert met_again(lengths) == met
+    assert not suits_cudnn(torch.zeros(sum(lengths), 2, 8, dtype=torch.bfloat16), lengths)  # on a CPU

@@ -56,6 +56,61 @@ def test_inputs_may_be_parts_of_wider_rows(operation: str) -> None:
         assert share(a, b) <= TOLERANCE["float32"]
 
 
+def test_weights_angles_and_targets_may_be_strided() -> None:
+    strides = {"norm_rotary": (2, 3, 5), "rms_norm": (1,), "layer_norm": (1, 2), "linear_cross_entropy": (2,)}
+    for operation, placed in strides.items():
+        request = request_for(operation)
+        call = calls(request, (5, 2))[0]
+        for i in placed:
+            call.args[i] = torch.stack([call.args[i], call.args[i]], -1)[..., 0]
+        found, right = (
+            answer(Triton().load(request), call, call.leaves),
+            defined(operation, call, call.leaves),
+        )
+        for a, b in zip([*found.outputs, *found.gradients], [*right.outputs, *right.gradients], strict=True):
+            assert a is not None
+            assert b is not None
+            assert share(a, b) <= TOLERANCE["float32"], operation
+
+
+def test_a_target_that_there_is_not_makes_no_number() -> None:
+    call = calls(request_for("linear_cross_entropy"), (5,))[0]
+    call.args[2][1] = SHAPES[0].vocab_size
+    assert answer(Triton().load(request_for("linear_cross_entropy")), call, ()).outputs[0].isnan()
+
+
+@pytest.mark.parametrize("operation", SOURCES)
+def test_no_gradient_of_a_gradient_is_made_up(operation: str) -> None:
+    """They are not implemented, and say so."""
+    call = calls(request_for(operation), (5,))[0]
+    args = [a.requires_grad_() if i in call.leaves else a for i, a in enumerate(call.args)]
+    outputs = Triton().load(request_for(operation))(*args)
+    output = sum(o.square().sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    (first,) = torch.autograd.grad(output, args[call.leaves[0]], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
+def test_linear_takes_more_axes() -> None:
+    x, weight = (
+        torch.randn(2, 3, 4, device=DEVICE, requires_grad=True),
+        torch.randn(5, 4, device=DEVICE, requires_grad=True),
+    )
+    function = Triton().load(request_for("linear"))
+    found = torch.autograd.grad(function(x, weight).square().sum(), (x, weight))
+    right = torch.autograd.grad((x @ weight.T).square().sum(), (x, weight))
+    for a, b in zip(found, right, strict=True):
+        assert share(a, b) <= TOLERANCE["float32"]
+
+
+def test_a_turned_weights_gradient_stands_as_the_weight() -> None:
+    x, weight = torch.randn(7, 4, device=DEVICE), torch.randn(4, 5, device=DEVICE, requires_grad=True)
+    (found,) = torch.autograd.grad(Triton().load(request_for("linear"))(x, weight.t()).square().sum(), weight)
+    (right,) = torch.autograd.grad((x @ weight).square().sum(), weight)
+    assert found.is_contiguous()
+    assert share(found, right) <= TOLERANCE["float32"]
+
+
 @pytest.mark.parametrize("operation", ["rms_norm", "layer_norm", "norm_rotary", "norm_linear"])
 def test_a_program_walks_over_many_tiles(operation: str) -> None:
     """More tiles than programs: what each adds up over its tiles, and all of them together, is the whole sum."""
@@ -91,6 +146,16 @@ def test_a_chunk_is_a_quarter_of_the_tokens_within_bounds(tokens: int, vocabular
     from nanovllm_kernels.triton_loss import chunk_rows
 
     assert chunk_rows(tokens, vocabulary) == rows
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (1, 1), (70, 33), (1025, 3)])
+def test_sums_over_rows(rows: int, columns: int) -> None:
+    from nanovllm_kernels.triton_sums import column_sums
+
+    wide = torch.randn(rows, columns + 2, device=DEVICE)
+    with poisoned():
+        found = column_sums(wide[:, 1:-1])
+    assert share(found, wide.double()[:, 1:-1].sum(0)) <= TOLERANCE["float32"]
 
 
 def test_a_block_that_is_computed_again_makes_no_product_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,18 @@ def snapshot(trainer):
 
 
 def same(a, b):
+    """Weights, moments and counts; moments that are not there are zero."""
+    kept = [
+        (state[1].get(i, {}).get(key))
+        for state in (a, b)
+        for i in a[1] | b[1]
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    ]
+    pairs = zip(kept[: len(kept) // 2], kept[len(kept) // 2 :], strict=True)
     return all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True)) and all(
-        torch.equal(a[1][i][key], b[1][i][key]) for i in a[1] for key in a[1][i]
+        torch.equal(torch.zeros_like(y) if x is None else x, torch.zeros_like(x) if y is None else y)
+        for x, y in pairs
+        if x is not None or y is not None
     )
 
 

@@ -190,3 +190,29 @@ def test_reading_the_next_step_ahead_changes_nothing(tiny):
     assert plain[:2] == ahead[:2]
     assert len(plain[0]) == tiny.STEPS
     assert all(torch.equal(a, b) for a, b in zip(plain[2], ahead[2], strict=True))
+
+
+def test_a_step_is_whole_when_the_one_read_ahead_of_it_cannot_be_read(tiny):
+    """It is told of and saved; the error comes when the next begins. Nobody waits for a rank that reads."""
+    saved, heard, doings = [], tiny.Heard(), []
+    trainer = tiny.trainer(tiny.random_documents(seed=13), heard, save_steps=3)
+    trainer.steps, trainer.reads_ahead = Broken(trainer.steps, doings), True
+    trainer.at = lambda doing, alone=False: doings.append((doing, alone))
+    with pytest.raises(OSError, match="the disk"):
+        trainer.run(lambda t: saved.append(t.step))
+    assert (saved, trainer.step, sorted(heard.steps)) == ([3], 3, [1, 2, 3])
+    reads = [i for i, doing in enumerate(doings) if doing == "read"]
+    assert all(doings[i - 1][1] for i in reads[1:])
+
+
+class Broken:
+    """Steps of which the fourth cannot be read."""
+
+    def __init__(self, steps, doings):
+        self.steps, self.doings = steps, doings
+
+    def step(self, position):
+        self.doings.append("read")
+        if position == 3 * self.steps.step(0).next_position:
+            raise OSError("the disk")
+        return self.steps.step(position)

@@ -15,7 +15,7 @@ from attrs import frozen
 
 from nanovllm_core.contracts import Accept, KernelRequest, Refuse, Verdict
 from nanovllm_core.hookspecs import hookimpl
-from nanovllm_kernels.refusals import not_bf16_attention_on_cuda
+from nanovllm_kernels.refusals import fails, not_bf16_attention_on_cuda
 
 PACKAGES = {4: "flash-attn-4", 2: "flash-attn"}
 LARGEST = {4: 128, 2: 256}  # head size
@@ -37,7 +37,7 @@ class FlashAttn:
 
     @hookimpl
     def probe(self, request: KernelRequest) -> Verdict:
-        """Refuses what the installed build lacks: FlashAttention 2 is asked by a small call, for builds differ."""
+        """Refuses what the installed build lacks, as a trial says."""
         if reason := not_bf16_attention_on_cuda(request, max(LARGEST.values())):
             return Refuse(reason)
         wanted = [self.version] if self.version else list(PACKAGES)
@@ -74,18 +74,17 @@ def _lacks(version: int, head_dim: int) -> str:
         return f"{package} needs a GPU of compute capability {'.'.join(map(str, OLDEST[version]))} or newer"
     if head_dim > LARGEST[version]:
         return f"{package} takes heads of up to {LARGEST[version]}, not {head_dim}"
-    return _fails(head_dim) if version == 2 else ""
+    return fails(package, lambda device: _try(version, head_dim, device))
 
 
-def _fails(head_dim: int) -> str:
-    """What a call of FlashAttention 2 with one token says."""
+def _try(version: int, head_dim: int, device: str) -> None:
+    """FlashAttention 2 is called with one token, for builds differ; 4 is only loaded: a call compiles for seconds."""
     import torch
 
     from nanovllm_kernels import packed_attention
 
-    x = torch.zeros(1, 1, head_dim, dtype=torch.bfloat16, device="cuda")
-    try:
-        packed_attention.flash_2(x, x, x, torch.tensor([0, 1], dtype=torch.int32, device="cuda"), 1, None)
-    except Exception as e:  # a package that does not load, or a build without this head size
-        return f"flash-attn fails on a trial call: {' '.join(str(e).split())[:200]}"
-    return ""
+    if version == 4:
+        packed_attention.load_flash_4()
+        return
+    x = torch.zeros(1, 1, head_dim, dtype=torch.bfloat16, device=device)
+    packed_attention.flash_2(x, x, x, torch.tensor([0, 1], dtype=torch.int32, device=device), 1, None)

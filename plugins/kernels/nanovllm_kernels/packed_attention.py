@@ -54,7 +54,7 @@ def flash_2(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, w
 
 
 def flash_4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: int | None) -> Tensor:
-    out, *_ = _flash_4()(
+    out, *_ = load_flash_4()(
         q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest, causal=True,
         window_size=_reach(window, None), deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -62,7 +62,7 @@ def flash_4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, w
 
 
 @cache
-def _flash_4() -> Any:
+def load_flash_4() -> Any:
     import warnings
 
     warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)  # told at each compilation
@@ -72,7 +72,7 @@ def _flash_4() -> Any:
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: int | None) -> Tensor:
-    """torch's own, which knows no grouped heads: keys and values are repeated."""
+    """torch's own; keys and values are repeated, as torch 2.11's knows no grouped heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     group = q.shape[1] // k.shape[1]

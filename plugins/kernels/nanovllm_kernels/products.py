@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from nanovllm_kernels.triton_sums import column_sums
 
 
 def weight_gradient(grad_TO: Tensor, x_TI: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,18 +29,26 @@ class _Linear(torch.autograd.Function):
         cast = weight.to(x.dtype)
         ctx.save_for_backward(x, cast)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.transposed = weight.stride(0) == 1 < weight.stride(1)  # as GPT-2's: its gradient stands as it does
         return F.linear(x, cast, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, cast = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         d_x = grad @ cast if ctx.needs_input_grad[0] else None
-        d_weight = weight_gradient(grad, x, weight_dtype) if ctx.needs_input_grad[1] else None
-        d_bias = None if bias_dtype is None else grad.sum(0, dtype=torch.float32).to(bias_dtype)
+        d_weight = d_bias = None
+        if ctx.needs_input_grad[1]:
+            turned = ctx.transposed
+            d_weight = weight_gradient(x, grad, weight_dtype).t() if turned else weight_gradient(grad, x, weight_dtype)
+        if ctx.needs_input_grad[2]:
+            d_bias = column_sums(grad).to(bias_dtype)
         return d_x, d_weight, d_bias
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias in x's dtype; the weight's gradient in the weight's."""
-    return _Linear.apply(x_TI, weight_OI, bias_O)
+    if x.ndim == 2:
+        return _Linear.apply(x, weight_OI, bias_O)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight_OI, bias_O).view(*x.shape[:-1], -1)

@@ -94,6 +94,11 @@ def suits_cudnn(q_TNH: Tensor, lengths: tuple[int, ...]) -> bool:
     """
     if not q_TNH.is_cuda or q_TNH.dtype != torch.bfloat16 or torch.are_deterministic_algorithms_enabled():
         return False
+    return met_again(lengths)
+
+
+def met_again(lengths: tuple[int, ...]) -> bool:
+    """Whether a run meets batches like this one again and again: documents of one length, a common one."""
     return len(set(lengths)) == 1 and not lengths[0] % COMMON
 
 

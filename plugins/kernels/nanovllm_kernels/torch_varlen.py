@@ -27,7 +27,7 @@ class TorchVarlen:
         import torch
 
         if find_spec("torch.nn.attention.varlen") is None:
-            return Refuse(f"torch {torch.__version__} has no varlen_attn (2.10 has)")
+            return Refuse(f"torch {torch.__version__} has no varlen_attn")
         if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
             return Refuse("torch's FlashAttention needs a GPU of compute capability 8.0 or newer")
         return Accept(5, "cuDNN for documents of one length, FlashAttention 2 for any mixture in one call")

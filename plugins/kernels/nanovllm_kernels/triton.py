@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +11,7 @@ from attrs import frozen
 
 from nanovllm_core.contracts import Accept, KernelRequest, Refuse, Verdict
 from nanovllm_core.hookspecs import hookimpl
+from nanovllm_kernels.refusals import fails
 
 DTYPES = ("float32", "bfloat16")
 SOURCES = {
@@ -43,6 +45,8 @@ class Triton:
             return Refuse("triton is not installed: pip install triton")
         if request.device == "cpu":
             return Accept(-10, "Triton's interpreter: for tests, slow")
+        if reason := _fails():
+            return Refuse(reason)
         return Accept(20, "fewer passes over memory than torch's operations one by one")
 
     @hookimpl
@@ -54,6 +58,20 @@ class Triton:
             import_module(f"nanovllm_kernels.{SOURCES[request.operation]}"), request.operation
         )
         return found
+
+
+@lru_cache
+def _fails() -> str:
+    """Triton compiles at first use, for which it needs a C compiler and Python's headers."""
+    return fails("triton", _try)
+
+
+def _try(device: str) -> None:
+    import torch
+
+    from nanovllm_kernels.triton_sums import column_sums
+
+    column_sums(torch.ones(2, 2, dtype=torch.bfloat16, device=device))
 
 
 def _interpreted() -> bool:

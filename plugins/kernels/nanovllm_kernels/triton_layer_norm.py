@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanovllm_kernels.triton_launch import programs, rows_of
 from nanovllm_kernels.triton_norm import tile
+from nanovllm_kernels.triton_sums import column_sums
 
 
 @triton.jit
@@ -56,6 +58,7 @@ def _backward(x_ptr, weight_ptr, grad_ptr, d_x_ptr, partial_ptr, rows, stride, g
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        weight, bias = weight.contiguous(), bias.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.bias_dtype = eps, bias.dtype
         x_RC = rows_of(x)
@@ -68,6 +71,7 @@ class _LayerNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         x_RC, grad_RC, sizes = rows_of(x), rows_of(grad), tile(x.shape[-1])
@@ -78,7 +82,7 @@ class _LayerNorm(torch.autograd.Function):
             _backward[(grid,)](
                 x_RC, weight, grad_RC, d_x, partial_P2C, len(x_RC), x_RC.stride(0), grad_RC.stride(0), ctx.eps, **sizes
             )
-        d_weight, d_bias = partial_P2C.sum(0)
+        d_weight, d_bias = column_sums(partial_P2C.flatten(1)).view(2, -1)
         return d_x, d_weight.to(weight.dtype), d_bias.to(ctx.bias_dtype), None
 
 

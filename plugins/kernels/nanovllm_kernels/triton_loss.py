@@ -1,7 +1,7 @@
 """Linear layer and cross-entropy in one for a GPU: logits of a quarter of the tokens at a time, two passes over them.
 
 The products are torch's. Between them one program takes a row of logits: it finds the largest and the sum of exponentials in
-one pass and writes the gradient over the logits in a second, from the row's end, which may still be in the cache. Gradients are
+one pass and writes the gradient over the logits in a second, from the row's end, some of which is still in the cache. Gradients are
 made in the forward (`torch_loss`).
 """
 
@@ -43,7 +43,7 @@ def _rows(logits_ptr, target_ptr, loss_ptr, vocabulary, width, IGNORED: tl.const
     sum_of_all = tl.sum(total * tl.exp(top - highest), 0)
     trained = target != IGNORED
     at = tl.where(trained, target, 0)
-    picked = tl.load(logits + at).to(tl.float32)
+    picked = tl.load(logits + at, at < vocabulary, float("nan")).to(tl.float32)  # a target that there is not shows
     tl.store(loss_ptr + row, tl.where(trained, tl.log(sum_of_all) + highest - picked, 0.0))
     if GRADIENT:
         tl.debug_barrier()  # the target's logit is read before it is overwritten
@@ -77,7 +77,7 @@ def _chunked(
     rows = chunk_rows(tokens, width)
     buffer = torch.empty(min(rows, tokens), width, dtype=x.dtype, device=x.device)
     for start in range(0, tokens, rows):
-        x_RC, target_R = x[start : start + rows], targets[start : start + rows]
+        x_RC, target_R = x[start : start + rows], targets[start : start + rows].contiguous()
         logits_RW = torch.mm(x_RC, cast.t(), out=buffer[: len(x_RC)])
         _rows[(len(x_RC),)](
             logits_RW, target_R, loss_T[start:], vocabulary, width, IGNORED=IGNORE, GRADIENT=needs_x or needs_weight,

@@ -13,8 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanovllm_kernels.triton_launch import programs, rows_of
+from nanovllm_kernels.triton_sums import column_sums
 
 VALUES = 2048  # of a tile: rows that a program holds at once x the row's size
 
@@ -62,7 +64,7 @@ def _backward(x_ptr, weight_ptr, grad_ptr, residual_ptr, d_x_ptr, partial_ptr, r
 
 def add_norm(x: Tensor, more: Tensor | None, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + more (x itself without it), and the norm of that."""
-    size = x.shape[-1]
+    size, weight_C = x.shape[-1], weight_C.contiguous()
     x_RC = rows_of(x)
     more_RC = x_RC if more is None else rows_of(more)
     summed = x if more is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -80,7 +82,7 @@ def norm_gradients(
     x: Tensor, weight_C: Tensor, eps: float, grad: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Of the norm's input, `residual` added, and of its weight in the weight's dtype."""
-    size = x.shape[-1]
+    size, weight_C = x.shape[-1], weight_C.contiguous()
     x_RC, grad_RC = rows_of(x), rows_of(grad)
     residual_RC = grad_RC if residual is None else rows_of(residual)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -92,7 +94,7 @@ def norm_gradients(
             x_RC, weight_C, grad_RC, residual_RC, d_x, partial_PC, len(x_RC), x_RC.stride(0), grad_RC.stride(0),
             residual_RC.stride(0), eps, RESIDUAL=residual is not None, **sizes,
         )  # fmt: skip
-    return d_x, partial_PC.sum(0).to(weight_C.dtype)
+    return d_x, column_sums(partial_PC).to(weight_C.dtype)
 
 
 class RmsNorm(torch.autograd.Function):
@@ -105,6 +107,7 @@ class RmsNorm(torch.autograd.Function):
         return add_norm(x, None, weight_C, eps)[1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_C = ctx.saved_tensors
         return *norm_gradients(x, weight_C, ctx.eps, grad), None

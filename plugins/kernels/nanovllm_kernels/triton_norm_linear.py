@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nanovllm_kernels.products import weight_gradient
 from nanovllm_kernels.triton_norm import add_norm, norm_gradients
+from nanovllm_kernels.triton_sums import column_sums
 
 
 class _NormLinear(torch.autograd.Function):
@@ -31,6 +33,7 @@ class _NormLinear(torch.autograd.Function):
         return summed, *outs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, residual: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         summed, norm, normed, *casts = ctx.saved_tensors
         d_normed = grads[0] @ casts[0]
@@ -40,7 +43,7 @@ class _NormLinear(torch.autograd.Function):
         for i, grad in enumerate(grads):
             weight_dtype, bias_dtype = ctx.dtypes[2 * i : 2 * i + 2]
             found.append(weight_gradient(grad, normed, weight_dtype) if ctx.needs_input_grad[4 + 2 * i] else None)
-            found.append(None if bias_dtype is None else grad.sum(0, dtype=torch.float32).to(bias_dtype))
+            found.append(column_sums(grad).to(bias_dtype) if ctx.needs_input_grad[5 + 2 * i] else None)
         d_x, d_norm = norm_gradients(summed, norm, ctx.eps, d_normed, residual)
         return d_x, d_x if ctx.needs_input_grad[1] else None, d_norm, None, *found
 

@@ -13,8 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanovllm_kernels.triton_launch import programs
+from nanovllm_kernels.triton_sums import column_sums
 
 VALUES = 4096  # of a tile, of which each thread holds 32
 
@@ -93,6 +95,7 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
         x, cos, sin = _heads(x), _angles(cos), _angles(sin)
+        weight = None if weight is None else weight.contiguous()
         ctx.save_for_backward(*((cos, sin) if weight is None else (cos, sin, x, weight)))
         ctx.eps = eps
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -105,6 +108,7 @@ class _Rotated(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         cos, sin, *normed = ctx.saved_tensors
         grad = _heads(grad)
@@ -118,7 +122,7 @@ class _Rotated(torch.autograd.Function):
                 x, grad if weight is None else weight, cos, sin, grad, d_x, partial, len(grad), x.stride(0), x.stride(1),
                 grad.stride(0), grad.stride(1), cos.stride(0), ctx.eps, NORM=weight is not None, **sizes,
             )  # fmt: skip
-        return d_x, None if weight is None else partial.sum(0).to(weight.dtype), None, None, None
+        return d_x, None if weight is None else column_sums(partial).to(weight.dtype), None, None, None
 
 
 def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +145,7 @@ def _heads(x_TNH: Tensor) -> Tensor:
 
 
 def _angles(x_TH: Tensor) -> Tensor:
-    return x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
+    return x_TH.contiguous()  # cosines and sines have one stride
 
 
 def _tile(x_TNH: Tensor) -> dict[str, int]:

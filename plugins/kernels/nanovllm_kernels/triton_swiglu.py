@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nanovllm_kernels.products import weight_gradient
+from nanovllm_kernels.triton_sums import column_sums
 
 BLOCK = 4096  # values of a program
 
@@ -73,13 +75,13 @@ class _SwiGLU(torch.autograd.Function):
         return product(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return gradients(*ctx.saved_tensors, grad, again=False)[:2]
 
 
-Found = list[
-    Tensor | None
-]  # gradients of weight and bias: empty, until one node of a backward leaves them for the next
+Found = list[Tensor | None]
+"""Gradients of weight and bias: empty, until one node of a backward leaves them for the next."""
 
 
 class _Hold(torch.autograd.Function):
@@ -91,34 +93,36 @@ class _Hold(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, found: Found, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, found: Found, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, cast: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(gate, up, weight.to(gate.dtype))
+        ctx.save_for_backward(gate, up, cast)
         ctx.found, ctx.dtypes = found, (weight.dtype, None if bias is None else bias.dtype)
         return gate, up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_gate: Tensor, d_up: Tensor) -> tuple[Tensor | None, ...]:
         d_bias, d_weight = ctx.found.pop(), ctx.found.pop()
-        return None, d_gate, d_up, d_weight, d_bias
+        return None, d_gate, d_up, d_weight, d_bias, None
 
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, held: Any, found: Found, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, held: Any, found: Found, gate: Tensor, up: Tensor, cast: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.held, ctx.found = held, found
-        return F.linear(product(gate, up), weight.to(gate.dtype), None if bias is None else bias.to(gate.dtype))
+        return F.linear(product(gate, up), cast, None if bias is None else bias.to(gate.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         held = ctx.held
         gate, up, cast = held.saved_tensors
         weight_dtype, bias_dtype = held.dtypes
         d_gate, d_up, out = gradients(gate, up, grad @ cast, again=True)
         d_weight = weight_gradient(grad, out, weight_dtype) if held.needs_input_grad[3] else None
-        d_bias = None if bias_dtype is None else grad.sum(0, dtype=torch.float32).to(bias_dtype)
+        d_bias = column_sums(grad).to(bias_dtype) if held.needs_input_grad[4] else None
         ctx.found += (d_weight, d_bias)
         return None, None, d_gate, d_up, None, None
 
@@ -131,6 +135,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_linear(gate_TI: Tensor, up_TI: Tensor, weight_CI: Tensor, bias_C: Tensor | None) -> Tensor:
     """(silu(gate) * up) @ weight.T + bias."""
     found: Found = []
-    gate_TI, up_TI = _Hold.apply(found, gate_TI, up_TI, weight_CI, bias_C)
-    bias_C = None if bias_C is None else bias_C.detach()
-    return _SwiGLULinear.apply(gate_TI.grad_fn, found, gate_TI, up_TI, weight_CI.detach(), bias_C)
+    cast = weight_CI.detach().to(gate_TI.dtype)
+    gate_TI, up_TI = _Hold.apply(found, gate_TI, up_TI, weight_CI, bias_C, cast)
+    return _SwiGLULinear.apply(
+        gate_TI.grad_fn, found, gate_TI, up_TI, cast, None if bias_C is None else bias_C.detach()
+    )
