@@ -216,3 +216,25 @@ class Broken:
         if position == 3 * self.steps.step(0).next_position:
             raise OSError("the disk")
         return self.steps.step(position)
+
+
+def test_a_step_read_for_another_position_is_not_taken(tiny):
+    documents, losses = tiny.random_documents(seed=13), []
+    for wrong in (False, True):
+        heard = tiny.Heard()
+        trainer = tiny.trainer(documents, heard)
+        if wrong:
+            trainer.ahead = (5, trainer.steps.step(5))
+        trainer.run(lambda t: None)
+        losses.append([metrics["loss"] for metrics in heard.steps.values()])
+    assert losses[0] == losses[1]
+
+
+def test_gradients_below_the_limit_are_left_as_they_are(tiny):
+    """As without a limit, bit for bit."""
+    documents, ends = tiny.random_documents(seed=13), []
+    for clipping in (0.0, 1e9):
+        trainer = tiny.trainer(documents, clipping=clipping)
+        trainer.run(lambda t: None)
+        ends.append([p.detach() for p in trainer.model.module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
