@@ -15,16 +15,14 @@ class Figures:
     """losses [turns, data ranks], each a part of the step's loss; norm: a scalar."""
 
     def __init__(self, losses: Tensor, norm: Tensor) -> None:
-        values = torch.cat(
-            [losses.double().t().flatten(), norm.double().reshape(1)]
-        )  # losses in one order, whoever made them
+        # Losses in one order, whoever made them.
+        values = torch.cat([losses.double().t().flatten(), norm.double().reshape(1)])
         self.not_finite = values.isfinite().all().logical_not().float()  # 1 or 0, on the device
         self.copied: torch.cuda.Event | None = None
         self.values = values
         if values.is_cuda:
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(
-                values, non_blocking=True
-            )
+            pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values = pinned.copy_(values, non_blocking=True)
             self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             self.copied.record()
 

@@ -140,7 +140,7 @@ def test_the_loss_is_made_in_chunks_of_vocabulary_and_of_rows(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("tokens", "vocabulary", "rows"), [(32_768, 151_936, 8_192), (1_000, 97, 1_024), (5, 2**31, 1)]
+    ("tokens", "vocabulary", "rows"), [(32_768, 151_936, 8_192), (1_000, 97, 1_024), (32_769, 97, 8_256), (5, 2**31, 1)]
 )
 def test_a_chunk_is_a_quarter_of_the_tokens_within_bounds(tokens: int, vocabulary: int, rows: int) -> None:
     from nanovllm_kernels.triton_loss import chunk_rows

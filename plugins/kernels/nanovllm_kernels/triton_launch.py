@@ -1,4 +1,9 @@
-"""What launches of the Triton kernels share: rows of a tensor, and how many programs walk over them."""
+"""What launches of the Triton kernels share: rows of a tensor, and how many programs walk over them.
+
+Triton compiles a kernel for each class of a whole number that it is called with (one, a multiple of 16, any other), and of an
+address, unless it is told not to (`do_not_specialize`): numbers of tokens differ from batch to batch, so kernels that take them
+are told.
+"""
 
 from __future__ import annotations
 

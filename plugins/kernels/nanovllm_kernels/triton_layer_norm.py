@@ -15,7 +15,7 @@ from nanovllm_kernels.triton_norm import tile
 from nanovllm_kernels.triton_sums import column_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(x_ptr, weight_ptr, bias_ptr, out_ptr, rows, stride, eps,
              SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
@@ -29,7 +29,7 @@ def _forward(x_ptr, weight_ptr, bias_ptr, out_ptr, rows, stride, eps,
     tl.store(out_ptr + row * SIZE + column, (x * weight + bias).to(out_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(x_ptr, weight_ptr, grad_ptr, d_x_ptr, partial_ptr, rows, stride, grad_stride, eps,
               SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BLOCK)[None, :]

@@ -102,5 +102,6 @@ def _added(total_WC: Tensor | None, logits_RW: Tensor, x_RC: Tensor) -> Tensor:
 
 
 def chunk_rows(tokens: int, vocabulary: int) -> int:
-    """Rows of a chunk."""
-    return max(1, min(max(ROWS, -(-tokens // PARTS)), LOGITS // vocabulary))
+    """Rows of a chunk: a multiple of 64 where there may be so many, so that each begins at an address of one class."""
+    rows = min(max(ROWS, -(-tokens // PARTS) + 63), LOGITS // vocabulary)
+    return rows // 64 * 64 or max(1, rows)

@@ -21,7 +21,7 @@ from nanovllm_kernels.triton_sums import column_sums
 VALUES = 2048  # of a tile: rows that a program holds at once x the row's size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(x_ptr, more_ptr, weight_ptr, sum_ptr, out_ptr, rows, x_stride, more_stride, eps,
              SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -38,7 +38,7 @@ def _forward(x_ptr, more_ptr, weight_ptr, sum_ptr, out_ptr, rows, x_stride, more
     tl.store(out_ptr + at * SIZE + column, (x * scale[:, None] * weight).to(out_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(x_ptr, weight_ptr, grad_ptr, residual_ptr, d_x_ptr, partial_ptr, rows, x_stride, grad_stride, residual_stride,
               eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BLOCK)[None, :]

@@ -21,7 +21,7 @@ from nanovllm_kernels.triton_sums import column_sums
 VALUES = 4096  # of a tile, of which each thread holds 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, tokens, token_stride, head_stride, angle_stride, eps,
              N: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
              NORM: tl.constexpr):  # fmt: skip
@@ -43,7 +43,7 @@ def _forward(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, tokens, token_stride,
     tl.store(out + HALF, (b * cos + a * sin).to(out_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _backward(x_ptr, weight_ptr, cos_ptr, sin_ptr, grad_ptr, d_x_ptr, partial_ptr, tokens, token_stride, head_stride,
               grad_token_stride, grad_head_stride, angle_stride, eps,
               N: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,

@@ -16,7 +16,7 @@ ROWS, BLOCK = 64, 32  # of a tile
 ONCE, PARTS = 1024, 64  # rows that one program walks over; else so many share them, and their sums are summed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share"])
 def _columns(x_ptr, out_ptr, rows, columns, stride, share, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     part = tl.program_id(1)
