@@ -205,12 +205,8 @@ def _joined(slots: Slots, parts: Parts, request: KernelRequest, kernels: Mapping
     name, named = request.operation, slots.recipe.kernels
     if name in named and named[name].use != AUTO.use:
         if request.tensor > 1:
-            place = line(
-                "it takes whole matrices, and this layout slices them; leave the key out",
-                named[name].at,
-                slots.recipe.text,
-            )
-            raise RefusedError(f"{place} (kernels.{name})")
+            problem = "it takes whole matrices, and this layout slices them; leave the key out"
+            raise RefusedError(line(problem, named[name].at, slots.recipe.text))
         return _kernel(slots, parts, request)
     if request.tensor > 1 or any(part in named and named[part].use != AUTO.use for part in JOINED[name]):
         return None

@@ -49,10 +49,7 @@ def end_with_launcher(fail: Callable[[Elsewhere], None]) -> None:
         while not orphaned():
             time.sleep(LOOK)
         if speaks():
-            os.write(
-                2,
-                f"nanovllm: {ORPHAN}; {GO_ON}\n".encode(),
-            )
+            os.write(2, f"nanovllm: {ORPHAN}; {GO_ON}\n".encode())
         # The store may not answer any more: that is not waited for.
         error = Elsewhere(f"the launcher that started rank {os.environ.get('RANK')} has ended", lost=True)
         threading.Thread(target=fail, args=(error,), daemon=True).start()

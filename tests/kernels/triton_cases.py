@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nanovllm_core.contracts import Accept, KernelRequest, Refuse
-from nanovllm_core.testing.kernel_calls import answer, calls, defined, poisoned, share, strided
+from nanovllm_core.testing.kernel_calls import Answer, Call, answer, calls, defined, poisoned, share, strided
 from nanovllm_core.testing.kernel_cases import SHAPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,6 +21,23 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}  # shares of the largest value; 
 
 def request_for(operation: str, dtype: str = "float32") -> KernelRequest:
     return KernelRequest(operation=operation, device=DEVICE, dtype=dtype, shape=SHAPES[0])
+
+
+def same(found: Answer, right: Answer, dtype: str = "float32", told: object = "") -> None:
+    """Outputs and gradients, each of them there."""
+    pairs = zip([*found.outputs, *found.gradients], [*right.outputs, *right.gradients], strict=True)
+    for i, (a, b) in enumerate(pairs):
+        assert a is not None
+        assert b is not None
+        assert share(a, b) <= TOLERANCE[dtype], (told, i)
+
+
+def as_defined(operation: str, call: Call) -> None:
+    same(
+        answer(Triton().load(request_for(operation)), call, call.leaves),
+        defined(operation, call, call.leaves),
+        told=operation,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -32,45 +49,24 @@ def test_outputs_and_gradients_are_those_of_the_definition(operation: str, dtype
         for call in calls(request, lengths):
             with poisoned():
                 found = answer(function, call, call.leaves)
-            right = defined(operation, call, call.leaves)
-            pairs = zip([*found.outputs, *found.gradients], [*right.outputs, *right.gradients], strict=True)
-            for i, (a, b) in enumerate(pairs):
-                assert a is not None
-                assert b is not None
-                assert share(a, b) <= TOLERANCE[dtype], (call.label, lengths, i)
+            same(found, defined(operation, call, call.leaves), dtype, (call.label, lengths))
 
 
 @pytest.mark.parametrize("operation", [o for o in SOURCES if o not in ("linear", "linear_cross_entropy")])
 def test_inputs_may_be_parts_of_wider_rows(operation: str) -> None:
-    request = request_for(operation)
-    call = calls(request, (5, 2))[0]
+    call = calls(request_for(operation), (5, 2))[0]
     for i in call.activations:
         call.args[i] = strided(call.args[i]).tensor
-    found, right = (
-        answer(Triton().load(request), call, call.leaves),
-        defined(operation, call, call.leaves),
-    )
-    for a, b in zip([*found.outputs, *found.gradients], [*right.outputs, *right.gradients], strict=True):
-        assert a is not None
-        assert b is not None
-        assert share(a, b) <= TOLERANCE["float32"]
+    as_defined(operation, call)
 
 
 def test_weights_angles_and_targets_may_be_strided() -> None:
     strides = {"norm_rotary": (2, 3, 5), "rms_norm": (1,), "layer_norm": (1, 2), "linear_cross_entropy": (2,)}
     for operation, placed in strides.items():
-        request = request_for(operation)
-        call = calls(request, (5, 2))[0]
+        call = calls(request_for(operation), (5, 2))[0]
         for i in placed:
             call.args[i] = torch.stack([call.args[i], call.args[i]], -1)[..., 0]
-        found, right = (
-            answer(Triton().load(request), call, call.leaves),
-            defined(operation, call, call.leaves),
-        )
-        for a, b in zip([*found.outputs, *found.gradients], [*right.outputs, *right.gradients], strict=True):
-            assert a is not None
-            assert b is not None
-            assert share(a, b) <= TOLERANCE["float32"], operation
+        as_defined(operation, call)
 
 
 def test_a_target_that_there_is_not_makes_no_number() -> None:
@@ -114,13 +110,7 @@ def test_a_turned_weights_gradient_stands_as_the_weight() -> None:
 @pytest.mark.parametrize("operation", ["rms_norm", "layer_norm", "norm_rotary", "norm_linear"])
 def test_a_program_walks_over_many_tiles(operation: str) -> None:
     """More tiles than programs: what each adds up over its tiles, and all of them together, is the whole sum."""
-    request = request_for(operation)
-    call = calls(request, (150,))[0]
-    found, right = answer(Triton().load(request), call, call.leaves), defined(operation, call, call.leaves)
-    for a, b in zip(found.gradients, right.gradients, strict=True):
-        assert a is not None
-        assert b is not None
-        assert share(a, b) <= TOLERANCE["float32"]
+    as_defined(operation, calls(request_for(operation), (150,))[0])
 
 
 def test_the_loss_is_made_in_chunks_of_vocabulary_and_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,12 +121,7 @@ def test_the_loss_is_made_in_chunks_of_vocabulary_and_of_rows(monkeypatch: pytes
     monkeypatch.setattr(triton_loss, "chunk_rows", lambda tokens, vocabulary: 4)  # of 11
     call = calls(request_for("linear_cross_entropy"), (11,))[0]
     call.args[2][3:6] = -100
-    found = answer(triton_loss.linear_cross_entropy, call, call.leaves)
-    right = defined("linear_cross_entropy", call, call.leaves)
-    for a, b in zip([*found.outputs, *found.gradients], [*right.outputs, *right.gradients], strict=True):
-        assert a is not None
-        assert b is not None
-        assert share(a, b) <= TOLERANCE["float32"]
+    as_defined("linear_cross_entropy", call)
 
 
 @pytest.mark.parametrize(

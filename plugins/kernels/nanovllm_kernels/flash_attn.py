@@ -37,13 +37,12 @@ class FlashAttn:
         """Refuses what the installed build lacks, as a trial says."""
         if reason := not_bf16_attention_on_cuda(request, max(LARGEST.values())):
             return Refuse(reason)
-        wanted = [self.version] if self.version else list(PACKAGES)
-        reasons = [_lacks(version, request.shape.head_dim) for version in wanted]
-        for version, reason in zip(wanted, reasons, strict=True):
+        reasons = self._lacks(request)
+        for version, reason in reasons.items():
             if not reason:
                 installed = metadata.version(PACKAGES[version])
                 return Accept(PRIORITY[version], f"{PACKAGES[version]} {installed}, any mixture of lengths in one call")
-        return Refuse("; ".join(reasons))
+        return Refuse("; ".join(reasons.values()))
 
     @hookimpl
     def load(self, request: KernelRequest) -> Callable[..., Any]:
@@ -52,9 +51,13 @@ class FlashAttn:
 
         from nanovllm_kernels import packed_attention
 
-        wanted = [self.version] if self.version else list(PACKAGES)
-        version = next(v for v in wanted if not _lacks(v, request.shape.head_dim))
+        version = next(version for version, reason in self._lacks(request).items() if not reason)
         return partial(packed_attention.attention, packed_attention.FLASH[version])
+
+    def _lacks(self, request: KernelRequest) -> dict[int, str]:
+        """Each version that may be taken, the preferred first -> why it cannot be; empty when it can."""
+        wanted = [self.version] if self.version else list(PACKAGES)
+        return {version: _lacks(version, request.shape.head_dim) for version in wanted}
 
 
 @lru_cache

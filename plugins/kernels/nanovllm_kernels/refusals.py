@@ -31,9 +31,8 @@ def fails(what: str, trial: Callable[[str], object]) -> str:
 
     if not torch.cuda.is_available():
         return ""
-    device = (
-        f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"  # before ranks have chosen theirs
-    )
+    rank = int(os.environ.get("LOCAL_RANK", 0))  # ranks have not chosen their GPU yet
+    device = f"cuda:{rank % torch.cuda.device_count()}"
     try:
         with torch.cuda.device(device):
             trial(device)
