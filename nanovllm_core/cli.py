@@ -118,6 +118,9 @@ def entry() -> NoReturn:
         stream.flush()
     if left:
         os._exit(code)
+    # An interruption that fell inside an exec of text (dataclasses do that) is remembered by Python, though it was caught:
+    # `python -m` would end by the signal instead of with our code. Another exec forgets it.
+    exec("")
     sys.exit(code)
 
 

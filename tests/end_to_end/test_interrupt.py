@@ -177,3 +177,16 @@ def test_the_best_model_is_exported_beside_the_last(go, folder):
     from nanovllm_core import LLM, Machine
 
     assert LLM(out / "best", machine=Machine()).generate("The river")[0]["token_ids"]
+
+
+def test_an_interruption_within_an_exec_does_not_change_the_exit_code(tmp_path):
+    (tmp_path / "late.py").write_text(
+        "import sys\n"
+        "from nanovllm_core import cli, commands\n"
+        "def init(args): exec('raise KeyboardInterrupt')\n"
+        "commands.init = init\n"
+        "sys.argv[1:] = ['init', 'demo']\n"
+        "cli.entry()\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "late"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "nanovllm: interrupted\n")
