@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nanovllm_core.errors import NanoError
     from nanovllm_core.estimate_model import estimate_training_memory
     from nanovllm_core.hookspecs import hookimpl
-    from nanovllm_core.inference.sampling import SamplingParams
+    from nanovllm_core.inference.params import SamplingParams
     from nanovllm_core.llm import LLM
     from nanovllm_core.machine import Machine
     from nanovllm_core.plan import Plan, make_plan

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanovllm_core.contracts import JOINED, KernelRequest, Module, Ops, Parallelized, Tokenizer
+from nanovllm_core.contracts import GENERATION, JOINED, KernelRequest, Module, Ops, Parallelized, Tokenizer
 from nanovllm_core.errors import ModelError
 from nanovllm_core.hooks import bind
 from nanovllm_core.hookspecs import Kernels, Models, Parallel, Tokenizers
@@ -31,7 +31,7 @@ def load_ops(plan: ModelPlan, device: str, *, training: bool) -> Ops:
             device=device,
             dtype=plan.dtype,
             shape=plan.shape,
-            training=training,
+            training=training and operation not in GENERATION,
             tensor=plan.layout.tensor,
         )
         loaded[operation] = bind(Kernels, [(choice.entry.full_name, choice.component)]).load(request=request)

@@ -234,7 +234,7 @@ def new(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    from nanovllm_core.inference.sampling import SamplingParams
+    from nanovllm_core.inference.params import SamplingParams
     from nanovllm_core.llm import LLM
     from nanovllm_core.yamltext import parse
 

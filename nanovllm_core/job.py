@@ -16,7 +16,7 @@ from nanovllm_core.corpus import Corpus, batches
 from nanovllm_core.errors import CheckpointError, Interrupted
 from nanovllm_core.hookspecs import Callbacks
 from nanovllm_core.inference.generate import answerable, generate
-from nanovllm_core.inference.sampling import SamplingParams
+from nanovllm_core.inference.params import SamplingParams
 from nanovllm_core.machine import host_memory
 from nanovllm_core.output import BEST, finished, mark_finished
 from nanovllm_core.plan import Plan

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, overload
 
 from nanovllm_core.assemble import assemble, tokenizer_of
+from nanovllm_core.chat import chat_ids
 from nanovllm_core.errors import GenerationError
-from nanovllm_core.inference.generate import generate
-from nanovllm_core.inference.sampling import SamplingParams
-from nanovllm_core.machine import Machine
+from nanovllm_core.inference.driving import Driver
+from nanovllm_core.inference.engine import PAGE, Engine
+from nanovllm_core.inference.paged import page_bytes
+from nanovllm_core.inference.params import SamplingParams
+from nanovllm_core.inference.sequence import Sequence as Answer
+from nanovllm_core.machine import Machine, host_memory
 from nanovllm_core.plan_model import plan_model
 from nanovllm_core.recipe import Recipe
 from nanovllm_core.registry import Registry
 
 Prompt = str | Sequence[int]
+Message = Mapping[str, str]
 PRECISION = MappingProxyType({"auto": "auto", "float32": "fp32", "bfloat16": "bf16"})
+HOST_SHARE = 0.25  # of the free memory of a host: the most that its cache may grow to
+MOST = MappingProxyType({"cpu": 64, "cuda": 256})  # answers made at once
 
 
 class LLM:
@@ -28,8 +35,12 @@ class LLM:
         is added; "auto" offers the folder to every installed model that has a `path` option
     dtype: "auto" (bfloat16 on GPU, float32 on CPU), "float32" or "bfloat16"
     kernels: as in a recipe: a component's name for all operations, or a mapping operation -> component
-    max_model_len: longest prompt plus answer in tokens; None: what the model was made for
-    batch_size: prompts generated together
+    max_model_len: longest prompt plus answer in tokens; None: what the model was made for, or less where the cache is small
+    batch_size: answers made at once; None: 256 on a GPU, 64 on a CPU
+    gpu_memory_utilization: share of a GPU's memory that weights and cache may fill
+    kv_cache_tokens: room of the cache; None: what memory allows. On a CPU memory is taken as the cache fills
+    tensor_parallel_size: 1; more is not built yet
+    enforce_eager: True; on a GPU decoding by CUDA graphs is not built yet, and nothing changes
 
     Raises RefusedError or ModelError when the folder cannot be used.
     """
@@ -42,12 +53,27 @@ class LLM:
         dtype: str = "auto",
         kernels: Any = "auto",
         max_model_len: int | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_tokens: int | None = None,
+        tensor_parallel_size: int = 1,
+        enforce_eager: bool = True,
         registry: Registry | None = None,
         machine: Machine | None = None,
     ) -> None:
         if dtype not in PRECISION:
             raise GenerationError(f"LLM: dtype: got {dtype!r}, allowed: {', '.join(PRECISION)}")
+        if tensor_parallel_size != 1:
+            raise GenerationError(
+                f"LLM: tensor_parallel_size: got {tensor_parallel_size!r}, allowed: 1 (more is not built yet)"
+            )
+        if not 0 < gpu_memory_utilization <= 1:
+            raise GenerationError(
+                f"LLM: gpu_memory_utilization: got {gpu_memory_utilization!r}, allowed: above 0 and at most 1"
+            )
+        for name, value in (("batch_size", batch_size), ("kv_cache_tokens", kv_cache_tokens)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise GenerationError(f"LLM: {name}: got {value!r}, allowed: None, or 1 and more")
         recipe = Recipe.from_data(
             {
                 "model": {**(model if isinstance(model, Mapping) else {"use": model}), "path": fspath(path)},
@@ -60,20 +86,99 @@ class LLM:
         limit = self.plan.shape.max_positions
         if max_model_len is not None and not 1 <= max_model_len <= limit:
             raise GenerationError(f"LLM: max_model_len: got {max_model_len}, the model takes 1 to {limit}")
-        self.max_model_len, self.batch_size = max_model_len or limit, batch_size
         self.tokenizer = tokenizer_of(self.plan, lambda: ())
         self.module = assemble(self.plan, self.machine.device, seed=0, training=False).module
+        self.batch_size = batch_size or MOST[self.machine.device]
+        room = kv_cache_tokens or self._room(gpu_memory_utilization)
+        pages = -(-min(room, self.batch_size * limit) // PAGE)
+        self.max_model_len = max_model_len or min(limit, pages * PAGE)
+        self.engine = Engine(
+            self.module, self.tokenizer, self.plan.shape, self.machine.device,
+            max_len=self.max_model_len, pages=pages, most=self.batch_size,
+        )  # fmt: skip
+        self._driver = Driver(self.engine)
+
+    def _room(self, share: float) -> int:
+        """Tokens that the memory has room for beside the weights, at least one page."""
+        if self.machine.device == "cuda":
+            import torch
+
+            free, total = torch.cuda.mem_get_info()
+            spare = int(free - (1 - share) * total - 0.05 * total)  # the last: what a forward needs
+        else:
+            spare = int(HOST_SHARE * host_memory())
+        return max(PAGE, PAGE * (spare // max(1, page_bytes(self.plan.shape, PAGE, self.plan.dtype))))
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        stream: Literal[False] = False,
+    ) -> list[dict[str, Any]]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        stream: Literal[True],
+    ) -> Iterator[dict[str, Any]]: ...
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> list[dict[str, Any]]:
+        use_tqdm: bool = True,
+        *,
+        stream: bool = False,
+    ) -> list[dict[str, Any]] | Iterator[dict[str, Any]]:
         """Continue each prompt (text, or token ids taken as they are).
 
-        `sampling_params`: one for all, or one a prompt. Returns, in order, `{"text", "token_ids", "finish_reason"}`.
+        `sampling_params`: one for all, or one a prompt. Returns, in order, `{"text", "token_ids", "finish_reason"}`, with
+        `"logprobs"` where asked for; with `n` above 1 each prompt's answers follow each other. `use_tqdm`: show a bar where
+        stderr is a terminal. With `stream` an iterator of pieces as they are made: `prompt` and `index` say whose, `text` and
+        `token_ids` are what is new, `finish_reason` is None before the last; leaving the iterator ends the answers.
         Raises GenerationError for a prompt that is too long or parameters that do not match.
         """
+        asked = self._asked(prompts, sampling_params)
+        answers = [s for sequences in asked for s in sequences]
+        if stream:
+            return self._driver.stream(answers)
+        for _ in self._shown(answers, use_tqdm):
+            pass
+        return [s.output(self.tokenizer) for s in answers]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Answer a conversation, or several: lists of `{"role", "content"}`, framed by the model's own chat template.
+
+        Returns as `generate`. Raises ModelError where the model has no template, or it refuses the conversation.
+        """
+        single = not messages or isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        return self.generate([chat_ids(self.tokenizer, c) for c in conversations], sampling_params, use_tqdm)
+
+    def agenerate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The pieces of the answers to one prompt, as `generate(..., stream=True)` gives them, for an event loop.
+
+        Many may be awaited at once: they are answered together. Who leaves early, or is cancelled, ends the answers.
+        """
+        return self._driver.astream(prompt, sampling_params or SamplingParams())
+
+    def _asked(
+        self, prompts: Prompt | Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[list[Answer]]:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         wanted: list[Any] = [prompts] if single else list(prompts)
         for i, prompt in enumerate(wanted):
@@ -81,19 +186,25 @@ class LLM:
                 raise GenerationError(
                     f"prompt {i}: got {type(prompt).__name__}, allowed: a text, or a list of token ids"
                 )
-        given = sampling_params if sampling_params is not None else SamplingParams()
+        given = given if given is not None else SamplingParams()
         params = [given] * len(wanted) if isinstance(given, SamplingParams) else list(given)
         if len(params) != len(wanted):
             raise GenerationError(
                 f"generate: got {len(wanted)} prompts and {len(params)} sampling parameters; give one, or one each"
             )
-        return generate(
-            self.module,
-            self.tokenizer,
-            wanted,
-            params,
-            shape=self.plan.shape,
-            device=self.machine.device,
-            max_len=self.max_model_len,
-            batch_size=self.batch_size,
-        )
+        return self.engine.answers(wanted, params)
+
+    def _shown(self, answers: list[Answer], use_tqdm: bool) -> Iterator[None]:
+        """Drive until all are over, with a bar that counts them."""
+        if not use_tqdm:
+            yield from self._driver.run(answers)
+            return
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("answers", total=len(answers))
+            for _ in self._driver.run(answers):
+                bar.update(task, completed=sum(1 for s in answers if s.finish_reason is not None))
+                yield

@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from nanovllm_core.contracts import JOINED, OPERATIONS
+from nanovllm_core.contracts import GENERATION, JOINED, OPERATIONS
 from nanovllm_core.errors import RecipeError, nearest
 from nanovllm_core.yamltext import KeyPath, Place, Text, parse
 
@@ -113,9 +113,9 @@ def _set(data: Any, keys: list[str], value: Any, path: KeyPath, recipe: type, pl
     elif kind == KERNELS:
         if not isinstance(data, dict) or "use" in data:
             data = {"*": data}
-        if keys[0] not in (*OPERATIONS, *JOINED, "*"):
-            allowed = ", ".join((*OPERATIONS, *JOINED, "*"))
-            hint = nearest(keys[0], (*OPERATIONS, *JOINED))
+        if keys[0] not in (*OPERATIONS, *GENERATION, *JOINED, "*"):
+            allowed = ", ".join((*OPERATIONS, *GENERATION, *JOINED, "*"))
+            hint = nearest(keys[0], (*OPERATIONS, *GENERATION, *JOINED))
             raise RecipeError(f"{place}: kernels: unknown operation {keys[0]!r}{hint} (allowed: {allowed})")
     elif data is None:
         data = {}

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import attrs
 from attrs import field, frozen
 
-from nanovllm_core.contracts import JOINED, OPERATIONS
+from nanovllm_core.contracts import GENERATION, JOINED, OPERATIONS
 from nanovllm_core.errors import RecipeError, nearest
 from nanovllm_core.optimisation import Train as Train
 from nanovllm_core.options import INTERNAL, Bounds, above, at_least, below, shown
@@ -261,7 +261,7 @@ def _component(value: Any, at: KeyPath, text: Text, problems: list[str]) -> Comp
 def _kernels(value: Any, at: KeyPath, text: Text, problems: list[str]) -> dict[str, Component]:
     if not isinstance(value, dict) or "use" in value:
         return {"*": _component(value, at, text, problems)}
-    known = (*OPERATIONS, *JOINED, "*")
+    known = (*OPERATIONS, *GENERATION, *JOINED, "*")
     for key in value:
         if key not in known:
             what = f"unknown operation {key!r}{nearest(key, known)} (allowed: {', '.join(known)})"

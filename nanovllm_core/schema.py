@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 import attrs
 from attrs import NOTHING
 
-from nanovllm_core.contracts import JOINED, OPERATIONS, ModelRef
+from nanovllm_core.contracts import GENERATION, JOINED, OPERATIONS, ModelRef
 from nanovllm_core.errors import BrokenComponent
 from nanovllm_core.hookspecs import SPECS
 from nanovllm_core.manual import SECTIONS
@@ -100,7 +100,7 @@ def _slot(kind: str, form: str) -> Schema:
     if form == COMPONENT_LIST:
         return {"anyOf": [one, {"type": "array", "items": one}]}
     if form == KERNELS:
-        operations = dict.fromkeys((*OPERATIONS, *JOINED, "*"), one)
+        operations = dict.fromkeys((*OPERATIONS, *GENERATION, *JOINED, "*"), one)
         return {"anyOf": [one, {**_object_of(operations), "not": {"required": ["use"]}}]}
     return {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 

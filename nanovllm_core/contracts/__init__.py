@@ -11,15 +11,16 @@ from nanovllm_core.contracts.models import (
     KernelRequest,
     MicroBatch,
     Module,
+    Paging,
     RowState,
     Shape,
     Step,
 )
-from nanovllm_core.contracts.ops import JOINED, OPERATIONS, Ops
+from nanovllm_core.contracts.ops import GENERATION, JOINED, OPERATIONS, Ops
 from nanovllm_core.contracts.parallel import Layout, Parallelized, ParallelRequest
 
 __all__ = [
-    "IGNORE", "JOINED", "KV", "LIMITS", "OPERATIONS", "Accept", "Batch", "CachingModule", "Damage", "Decision", "Document",
-    "KernelRequest", "Layout", "MicroBatch", "ModelRef", "Module", "Ops", "ParallelRequest", "Parallelized", "Record", "Refuse",
-    "RowState", "Segment", "Shape", "Source", "Step", "Tokenizer", "Verdict",
+    "GENERATION", "IGNORE", "JOINED", "KV", "LIMITS", "OPERATIONS", "Accept", "Batch", "CachingModule", "Damage", "Decision",
+    "Document", "KernelRequest", "Layout", "MicroBatch", "ModelRef", "Module", "Ops", "Paging", "ParallelRequest", "Parallelized",
+    "Record", "Refuse", "RowState", "Segment", "Shape", "Source", "Step", "Tokenizer", "Verdict",
 ]  # fmt: skip

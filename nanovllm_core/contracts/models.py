@@ -65,7 +65,7 @@ class Shape:
 class KernelRequest:
     """Which implementation is wanted: of what operation, where, in what compute dtype."""
 
-    operation: str  # of OPERATIONS or JOINED
+    operation: str  # of OPERATIONS, GENERATION or JOINED
     device: str  # "cpu" | "cuda"
     dtype: str  # "float32" | "bfloat16"
     shape: Shape
@@ -81,12 +81,26 @@ class RowState(Protocol):
         ...
 
 
-class KV(Protocol):
-    """The keys and values of one block during generation."""
+@frozen(eq=False)
+class KV:
+    """The keys and values of one block during generation: pages of S tokens, which sequences hold by number."""
 
-    def update(self, k_TKH: Tensor, v_TKH: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """Store the new tokens. None after a prefill; else all keys and values so far, [B, S, K, H]."""
-        ...
+    k_PSKH: Tensor
+    v_PSKH: Tensor
+
+
+@frozen(kw_only=True, eq=False)
+class Paging:
+    """Where the sequences of a batch have their keys and values.
+
+    A document of the batch is then the newest part of a sequence: its last tokens, those of `lengths`.
+    """
+
+    contexts: tuple[int, ...]  # tokens of each sequence, these included; on the host
+    contexts_D: Tensor  # [D] int32, the same on the device
+    tables_DP: Tensor  # [D, P] int32: the pages of each sequence in order; beyond its context any page
+    runs: tuple[int, ...]  # first page of a sequence whose pages follow each other in memory, else -1; on the host
+    places_T: Tensor  # [T] int64: page * S + offset, where each token's key and value belong
 
 
 @frozen(kw_only=True, eq=False)
@@ -97,8 +111,9 @@ class Batch:
     lengths: tuple[int, ...]  # of the D documents, on the host; sums to T
     cu_seqlens: Tensor  # [D + 1] int32, running sum of lengths, on the device
     select: Tensor | None = None  # [n] int64: positions whose logits are wanted; None: all
-    slots: Tensor | None = None  # [T] int64: cache row of each token, in generation
-    context: int = 0  # decoding: longest sequence so far, this token included; 0: prefill or training
+    paging: Paging | None = None  # in generation over pages
+    slots: Tensor | None = None  # [T] int64: in generation by a `CachingModule`, the row of each token's sequence
+    context: int = 0  # there, decoding: longest sequence so far, this token included; 0: whole sequences, or training
 
 
 @frozen(kw_only=True, eq=False)

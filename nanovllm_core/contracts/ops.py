@@ -15,9 +15,13 @@ from attrs import field, frozen
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nanovllm_core.contracts.models import KV, Batch
+
 OPERATIONS = (
     "embedding", "linear", "rms_norm", "layer_norm", "rotary", "swiglu", "gelu", "attention", "linear_cross_entropy",
 )  # fmt: skip
+GENERATION: Mapping[str, str] = MappingProxyType({"paged_attention": "attention"})
+"""Operations that only generation calls -> the one that a model lists (`Shape.operations`) and that they stand for there."""
 JOINED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "norm_linear": ("rms_norm", "linear"),
@@ -50,8 +54,10 @@ class Ops:
     rotary(q_TNH, k_TKH, cos_TH, sin_TH) -> (q, k) rotated by halves; cos and sin in fp32
     swiglu(gate, up) -> silu(gate) * up
     gelu(x, tanh) -> x * Phi(x), or where `tanh` its approximation by tanh
-    attention(q_TNH, k_TKH, v_TKH, batch, kv=None, window=None) -> o_TNH, causal within each document, scale H**-0.5;
+    attention(q_TNH, k_TKH, v_TKH, batch, window=None) -> o_TNH, causal within each document, scale H**-0.5;
         with `window`, a token sees itself and the window - 1 tokens before it
+    paged_attention(q_TNH, k_TKH, v_TKH, batch, kv, window=None) -> o_TNH: writes the new keys and values to their places in
+        the pages of `kv`, then each token attends to its sequence up to itself, as `batch.paging` tells
     linear_cross_entropy(x_TC, weight_VC, targets_T) -> sum of -log softmax(x @ weight.T)[target] in fp32, IGNORE left out
     """
 
@@ -64,9 +70,18 @@ class Ops:
     swiglu: Callable[..., Tensor] = _operation("swiglu")
     gelu: Callable[..., Tensor] = _operation("gelu")
     attention: Callable[..., Tensor] = _operation("attention")
+    paged_attention: Callable[..., Tensor] = _operation("paged_attention")
     linear_cross_entropy: Callable[..., Tensor] = _operation("linear_cross_entropy")
     joined: Mapping[str, Callable[..., Any]] = field(factory=dict)
     """of JOINED, those that a component does in one."""
+
+    def attend(
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, kv: KV | None, window: int | None = None
+    ) -> Tensor:
+        """attention among the documents of the batch, or with `kv` paged_attention."""
+        if kv is None:
+            return self.attention(q_TNH, k_TKH, v_TKH, batch, window=window)
+        return self.paged_attention(q_TNH, k_TKH, v_TKH, batch, kv, window=window)
 
     def norm_linear(
         self, x_TC: Tensor, more_TC: Tensor | None, norm_C: Tensor, eps: float, *matrices: Tensor | None

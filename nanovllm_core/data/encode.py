@@ -4,9 +4,7 @@ A plain document is `prefix_ids + text + end_id`. Untrained segments (a prompt) 
 document whose segments all have roles is framed by the tokenizer's chat template if there is one: each answer is
 trained up to its end token, everything else is context. The first token is never trained: nothing stands before it.
 
-Text never becomes a special token. In a chat this is kept by rendering the template with a placeholder for each special
-token that a message spells out, and encoding those stretches as plain text afterwards: template logic that looks at the
-message (stripping, `<think>` blocks) sees everything else as it is. The cost: merges do not cross such a stretch.
+Text never becomes a special token, in a chat neither (`shield`).
 
 Long texts are cut before white space, where encoding the halves was seen to give the ids of the whole around the cut:
 memory stays bounded (tokenizers hold some 150 bytes a token while encoding) and all cores have work. A text that comes in
@@ -24,6 +22,7 @@ from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from nanovllm_core.contracts import Document, Segment, Tokenizer
+from nanovllm_core.data.shield import Piece, Shield, specials_of
 from nanovllm_core.errors import DataError, NanoError
 
 T = TypeVar("T")
@@ -36,7 +35,6 @@ CONTEXT = 256  # characters on each side of a cut that is tried
 TRIES = 16
 CUTS = (re.compile(r"[^\W\d_](?=[ \n])"), re.compile(r"\S(?=\s)"))  # the first is most often right
 
-Piece = tuple[str, bool]  # text, and whether special tokens written in it are meant (template text)
 Ids = NDArray[np.uint32]
 
 
@@ -66,8 +64,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        specials = sorted(filter(None, tokenizer.special_texts), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self._specials = specials_of(tokenizer)
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
         """Raises DataError when the chat template cannot frame a document, or its text is no Unicode."""
@@ -114,19 +111,8 @@ class Encoder:
 
     def _chat(self, document: Document) -> list[_Stretch]:
         """Up to the last trained answer: what the template puts before each answer, and the answer."""
-        mark = "\ue0a5"  # private use: nothing that a template strips or splits at
-        while any(mark in s.text for s in document.segments):
-            mark += "\ue0a6"
-        shielded: list[str] = []
-
-        def shield(found: re.Match[str]) -> str:
-            shielded.append(found.group())
-            return f"{mark}{len(shielded) - 1}{mark}"
-
-        messages = [
-            {"role": str(s.role), "content": self._special.sub(shield, s.text) if self._special else s.text}
-            for s in document.segments
-        ]
+        shield = Shield(self._specials, [s.text for s in document.segments])
+        messages = [{"role": str(s.role), "content": shield.hide(s.text)} for s in document.segments]
         stretches, done = [], ""
         for i, segment in enumerate(document.segments):
             if not _is_answer(segment):
@@ -140,9 +126,7 @@ class Encoder:
                     "`chat: false` on the fields extractor to join them by a newline"
                 )
             for text, trained in ((prompt[len(done) :], False), (whole[len(prompt) :], True)):
-                split = re.split(f"{mark}([0-9]+){mark}", text)  # template text, number, template text, ...
-                pieces = [(shielded[int(t)], False) if n % 2 else (t, True) for n, t in enumerate(split) if t]
-                stretches.append(_Stretch(tuple(pieces) or (("", True),), trained))
+                stretches.append(_Stretch(tuple(shield.pieces(text)), trained))
             done = whole
         return stretches
 

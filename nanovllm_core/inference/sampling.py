@@ -1,4 +1,4 @@
-"""What to draw from a model's logits, and drawing it.
+"""Drawing the next tokens from a model's logits.
 
 Each sequence draws with a generator of its own, one uniform number a token, through the inverse of the cumulative
 distribution; nothing of a row depends on the other rows. So a seed gives the same text alone and in a batch (as far as
@@ -9,85 +9,58 @@ do not hold enough probability: 1.3 ms instead of 17 ms a row of 150,000 on one 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence as Many
 
 import torch
-from attrs import field, frozen
 from torch import Tensor
 
 from nanovllm_core.errors import GenerationError
+from nanovllm_core.inference.params import SamplingParams
+from nanovllm_core.inference.sequence import Sequence
 
 CANDIDATES = 1024  # likeliest tokens looked at before the whole vocabulary is sorted
 
 
-def _texts(stop: str | Iterable[str]) -> tuple[Any, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def draw(logits_BV: Tensor, sequences: Many[Sequence]) -> list[int]:
+    """The next token of each sequence; what is asked of its log-probabilities is noted. Raises as `sample`."""
+    params = [s.params for s in sequences]
+    chosen = sample(_penalised(logits_BV.float(), sequences), params, [s.generator for s in sequences])
+    told = [row for row, p in enumerate(params) if p.logprobs is not None]
+    if told:
+        _note(logits_BV[told].float(), [sequences[row] for row in told], [chosen[row] for row in told])
+    return chosen
 
 
-@frozen(kw_only=True)
-class SamplingParams:
-    """How to continue one prompt.
-
-    temperature: 0 takes the likeliest token always; 1 draws from the model's own distribution
-    top_k: draw from this many likeliest tokens; None: all
-    top_p: draw from the fewest likeliest tokens that together have this probability (Holtzman et al., 2020)
-    max_tokens: longest answer, in tokens
-    stop: a text, or several, that ends the answer and is left out of it
-    seed: of this answer's draws; None: another at each call
-    ignore_eos: go on after the end token
-
-    Raises GenerationError for values out of range.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    max_tokens: int = 64
-    stop: tuple[str, ...] = field(default=(), converter=_texts)
-    seed: int | None = None
-    ignore_eos: bool = False
-
-    def __attrs_post_init__(self) -> None:
-        def check(name: str, good: bool, allowed: str) -> None:
-            if not good:
-                raise GenerationError(f"SamplingParams: {name}: got {getattr(self, name)!r}, {allowed}")
-
-        t, p = self.temperature, self.top_p
-        check("temperature", _number(t) and 0 <= t < math.inf, "allowed: a number from 0 on")
-        check("top_k", self.top_k is None or (_whole(self.top_k) and self.top_k >= 1), "allowed: None, or 1 and more")
-        check("top_p", _number(p) and 0 < p <= 1, "allowed: above 0 and at most 1")
-        check("max_tokens", _whole(self.max_tokens) and self.max_tokens >= 1, "allowed: 1 and more")
-        check("stop", all(isinstance(s, str) and s for s in self.stop), "allowed: texts that are not empty")
-        seed = self.seed
-        check("seed", seed is None or (_whole(seed) and 0 <= seed < 2**63), "allowed: None, or 0 to 2**63 - 1")
-        check("ignore_eos", isinstance(self.ignore_eos, bool), "allowed: True or False")
-
-    def generator(self) -> torch.Generator:
-        """The generator of one answer's draws; it lives on the CPU, whatever the model's device."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+def _penalised(logits_BV: Tensor, sequences: Many[Sequence]) -> Tensor:
+    """Logits of tokens that a sequence has, made less likely where it asks for that."""
+    rows = [row for row, s in enumerate(sequences) if s.params.repetition_penalty != 1]
+    if rows:
+        logits_BV = logits_BV.clone()
+    for row in rows:
+        s = sequences[row]
+        ids = torch.tensor(sorted({*s.prompt, *s.ids}), device=logits_BV.device)
+        met, by = logits_BV[row, ids], s.params.repetition_penalty
+        logits_BV[row, ids] = torch.where(met > 0, met / by, met * by)
+    return logits_BV
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _note(logits_RV: Tensor, sequences: Many[Sequence], chosen: Many[int]) -> None:
+    """Keep log-probabilities, of the model's own distribution: before temperature, penalty and filters."""
+    logprobs_RV = logits_RV.log_softmax(dim=-1)
+    most = min(max(s.params.logprobs or 0 for s in sequences), logits_RV.shape[-1])
+    values, ids = (x.tolist() for x in logprobs_RV.topk(most))
+    own = logprobs_RV.gather(-1, torch.tensor(chosen, device=logits_RV.device)[:, None])[:, 0].tolist()
+    for row, s in enumerate(sequences):
+        likeliest = zip(ids[row][: s.params.logprobs], values[row][: s.params.logprobs], strict=True)
+        top = [{"token_id": i, "logprob": v} for i, v in likeliest]
+        s.logprobs.append({"token_id": chosen[row], "logprob": own[row], "top": top})
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def sample(logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]) -> list[int]:
+def sample(logits_BV: Tensor, params: Many[SamplingParams], generators: Many[torch.Generator]) -> list[int]:
     """The next token of each row. Raises GenerationError when a row has no finite largest logit.
 
     A row at temperature 0 takes its largest logit (the first of equals) and leaves its generator alone.
     """
-    logits_BV = logits_BV.float()
     top_B, choice_B = logits_BV.max(dim=-1)
     if not bool(torch.isfinite(top_B).all()):
         raise GenerationError("the model's logits are not finite: its weights are damaged, or its training diverged")
@@ -96,15 +69,15 @@ def sample(logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequ
     cut: list[int] = []
     for row, p in enumerate(params):
         if p.temperature > 0:
-            limited = p.top_p < 1 or (p.top_k is not None and p.top_k < logits_BV.shape[-1])
+            limited = p.top_p < 1 or p.min_p > 0 or (p.top_k is not None and p.top_k < logits_BV.shape[-1])
             (cut if limited else whole).append(row)
-    for rows, draw in ((whole, _from_all), (cut, _from_likeliest)):
+    for rows, take in ((whole, _from_all), (cut, _from_likeliest)):
         if rows:
             some = [params[row] for row in rows]
             t_B1 = logits_BV.new_tensor([[p.temperature] for p in some]).clamp_min(torch.finfo(torch.float32).tiny)
             probs_BV = torch.softmax((logits_BV[rows] - top_B[rows, None]) / t_B1, dim=-1)
             u_B1 = torch.stack([torch.rand(1, dtype=torch.float64, generator=generators[row]) for row in rows])
-            for row, token in zip(rows, draw(probs_BV, u_B1.to(probs_BV.device), some).tolist(), strict=True):
+            for row, token in zip(rows, take(probs_BV, u_B1.to(probs_BV.device), some).tolist(), strict=True):
                 chosen[row] = token
     return chosen
 
@@ -117,31 +90,36 @@ def _invert(weights_BW: Tensor, u_B1: Tensor) -> Tensor:
     return torch.searchsorted(sums_BW, u_B1 * total_B1, right=True)
 
 
-def _from_all(probs_BV: Tensor, u_B1: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _from_all(probs_BV: Tensor, u_B1: Tensor, params: Many[SamplingParams]) -> Tensor:
     return _invert(probs_BV, u_B1)[:, 0]
 
 
-def _from_likeliest(probs_BV: Tensor, u_B1: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Top-k first; top-p of what it leaves."""
+def _from_likeliest(probs_BV: Tensor, u_B1: Tensor, params: Many[SamplingParams]) -> Tensor:
+    """Top-k first; top-p of what it leaves; of that, min-p."""
     vocabulary = probs_BV.shape[-1]
     k_B1 = torch.tensor([[min(p.top_k or vocabulary, vocabulary)] for p in params], device=probs_BV.device)
     p_B1 = torch.tensor([[p.top_p] for p in params], dtype=torch.float64, device=probs_BV.device)
+    least_B1 = torch.tensor([[p.min_p] for p in params], device=probs_BV.device)
     probs_BW, index_BW = probs_BV.topk(min(CANDIDATES, vocabulary))
-    tokens_B = _from_sorted(probs_BW, index_BW, k_B1, p_B1, u_B1, vocabulary)
+    limits_B1 = k_B1, p_B1, least_B1 * probs_BW[:, :1]
+    tokens_B = _from_sorted(probs_BW, index_BW, *limits_B1, u_B1, vocabulary)
     enough_B1 = (k_B1 <= probs_BW.shape[-1]) | (probs_BW.double().sum(dim=-1, keepdim=True) >= p_B1)
+    enough_B1 |= (probs_BW[:, -1:] < limits_B1[2]) & (p_B1 >= 1)
     short_R = (~enough_B1[:, 0]).nonzero()[:, 0]
     if len(short_R):
         probs_RV, index_RV = probs_BV[short_R].sort(dim=-1, descending=True, stable=True)
-        tokens_B[short_R] = _from_sorted(probs_RV, index_RV, k_B1[short_R], p_B1[short_R], u_B1[short_R], vocabulary)
+        k_R1, p_R1, least_R1 = (x[short_R] for x in limits_B1)
+        tokens_B[short_R] = _from_sorted(probs_RV, index_RV, k_R1, p_R1, least_R1, u_B1[short_R], vocabulary)
     return tokens_B
 
 
 def _from_sorted(
-    probs_BW: Tensor, index_BW: Tensor, k_B1: Tensor, p_B1: Tensor, u_B1: Tensor, vocabulary: int
+    probs_BW: Tensor, index_BW: Tensor, k_B1: Tensor, p_B1: Tensor, least_B1: Tensor, u_B1: Tensor, vocabulary: int
 ) -> Tensor:
     ranks_W = torch.arange(probs_BW.shape[-1], device=probs_BW.device)
     kept_BW = torch.where(ranks_W < k_B1, probs_BW.double(), 0.0)
     total_B1 = torch.where(k_B1 < vocabulary, kept_BW.sum(dim=-1, keepdim=True), 1.0)
     before_BW = (kept_BW.cumsum(dim=-1) - kept_BW) / total_B1  # of the likelier tokens; 0 for the first, always kept
     kept_BW = torch.where((before_BW < p_B1) | (p_B1 >= 1), kept_BW, 0.0)
+    kept_BW = torch.where(probs_BW >= least_B1, kept_BW, 0.0)
     return index_BW.gather(-1, _invert(kept_BW, u_B1))[:, 0]

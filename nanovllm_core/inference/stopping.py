@@ -1,4 +1,4 @@
-"""Finding where an answer's text ends, while its tokens come in one by one.
+"""An answer's text while its tokens come in one by one, and where it ends.
 
 Tokens are not characters: a character may span tokens, and so may a stop text. Text is therefore taken from a growing
 window of tokens and let go only when it ends with a whole character; each token is decoded a few times, never the whole
@@ -14,27 +14,47 @@ from nanovllm_core.contracts import Tokenizer
 _UNFINISHED = "\ufffd"  # what a tokenizer makes of incomplete UTF-8
 
 
+class GrowingText:
+    """The text of tokens that come in one after another."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.text = ""  # so far, whole characters only
+        self.shown = 0  # ids whose text is in `text`
+        self.start = 0  # where the window begins: some ids before `shown`, since decoding may depend on what precedes
+
+    def grow(self, ids: Sequence[int]) -> str:
+        """The text of all `ids`, which begin as before; its end may be part of a character."""
+        known = self.tokenizer.decode(ids[self.start : self.shown])
+        window = self.tokenizer.decode(ids[self.start :])
+        if len(window) <= len(known):
+            return self.text
+        text = self.text + window[len(known) :]
+        if not window.endswith(_UNFINISHED):
+            self.text, self.start, self.shown = text, self.shown, len(ids)
+        return text
+
+
 class StopTexts:
     """Watches one answer for the first of its stop texts."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
+        self.stop = stop
         self.longest = max(map(len, stop), default=0)
-        self.text = ""  # so far, whole characters only
-        self.shown = 0  # ids whose text is in `text`
-        self.start = 0  # where the window begins: some ids before `shown`, since decoding may depend on what precedes
+        self.growing = GrowingText(tokenizer)
 
     def found(self, ids: Sequence[int]) -> str | None:
         """The text before the earliest stop text in the answer `ids`, or None. Call after each token."""
         if not self.stop:
             return None
-        known = self.tokenizer.decode(ids[self.start : self.shown])
-        window = self.tokenizer.decode(ids[self.start :])
-        if len(window) <= len(known):
-            return None
-        searched = max(0, len(self.text) - self.longest + 1)
-        text = self.text + window[len(known) :]
+        searched = max(0, len(self.growing.text) - self.longest + 1)
+        text = self.growing.grow(ids)
         ends = [at for stop in self.stop if (at := text.find(stop, searched)) >= 0]
-        if not window.endswith(_UNFINISHED):
-            self.text, self.start, self.shown = text, self.shown, len(ids)
         return text[: min(ends)] if ends else None
+
+    def held_back(self, text: str) -> int:
+        """Characters at the end of a text that may be the beginning of a stop text."""
+        for count in range(min(self.longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-count:]) for stop in self.stop):
+                return count
+        return 0

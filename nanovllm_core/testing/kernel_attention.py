@@ -1,4 +1,4 @@
-"""Attention: documents apart to the bit, nothing seen before its time, windows, and decoding over a cache."""
+"""Attention: documents apart to the bit, nothing seen before its time, windows, and sequences in pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 PACKED = (5, 1, 9, 33)
 WINDOWS = (1, 5, 64)
-PLACES = (0, 3, 40, 17)  # positions of the new tokens of sequences in generation
 
 
 class AttentionTests(KernelTests):
@@ -73,47 +72,37 @@ class AttentionTests(KernelTests):
                 for call in calls(request, PACKED):
                     self.same(request, call, f"with window={window} a token sees itself and the {window - 1} before it")
 
-    def test_decodes_over_a_cache(self) -> None:
-        """Rows of uneven lengths; what a row does not hold is large and finite, what is no row of the batch is NaN."""
-        for request in self.requests("attention", training=False):
+    def test_decodes_over_pages(self) -> None:
+        """What a sequence's pages hold beyond it is large and finite, what is in nobody's pages is NaN."""
+        for request in self.requests("paged_attention", training=False):
             self.decode(request)
 
     def test_decodes_within_a_window(self) -> None:
         for window in WINDOWS:
-            for request in self.requests("attention", training=False, window=window):
+            for request in self.requests("paged_attention", training=False, window=window):
                 self.decode(request)
-
-    def test_prefill_fills_the_cache(self) -> None:
-        """With a cache that answers None, keys and values go into it and documents are attended to as ever."""
-        import torch
-
-        from nanovllm_core.testing.kernel_caches import Prefilled
-        from nanovllm_core.testing.kernel_calls import answer, calls
-
-        for request in self.requests("attention", training=False):
-            call = calls(request, (5, 1, 9))[0]
-            cache = Prefilled()
-            function, told = self.load(request), self.named(request, call)
-            found = answer(function, evolve(call, args=[*call.args, cache]), ()).outputs[0]
-            alone = answer(function, call, ()).outputs[0]
-            self.check(torch.equal(alone, found), f"{told}: differs with a cache", "it does not")
-            self.check(len(cache.given) == 1, f"{told}: updated {len(cache.given)} times", "the cache is updated once")
-            for i, kept in enumerate(cache.given[0]):
-                good = torch.equal(call.args[i + 1], kept)
-                self.check(good, f"{told}: other keys or values were stored", "they are stored as given")
 
     def decode(self, request: KernelRequest) -> None:
         import torch
 
-        from nanovllm_core.testing.kernel_caches import Half, decoding
-        from nanovllm_core.testing.kernel_calls import answer, calls, defined
+        from nanovllm_core.contracts import KV
+        from nanovllm_core.testing.kernel_caches import CASES, paged_call
+        from nanovllm_core.testing.kernel_calls import answer, bits, defined
 
-        for places in (PLACES, (7,), (12, 12, 12)):
-            call = calls(request, (1,) * len(places))[0]
-            batch = decoding(places, request.device)
-            here, right = (evolve(call, args=[*call.args[:3], batch, Half(request, places)]) for _ in range(2))
+        more = {} if request.shape.window is None else {"window": request.shape.window}
+        for case in CASES:
+            call, kv = paged_call(request, case)
+            theirs, right = (KV(kv.k_PSKH.clone(), kv.v_PSKH.clone()) for _ in range(2))
+            here, defining = (evolve(call, args=[*call.args, pages], kwargs=more) for pages in (theirs, right))
             found = answer(self.load(request), here, ()).outputs[0]
-            wanted = defined(request.operation, right, ()).outputs[0]
-            told = f"{self.named(request, call)}: new tokens at {places}"
-            self.check(bool(torch.isfinite(found).all()), f"{told}: not finite", "nothing outside a row is read")
-            self.alike(request, found, wanted, told, "a token sees its own row up to itself")
+            wanted = defined(request.operation, defining, ()).outputs[0]
+            told = self.named(request, call)
+            self.check(bool(torch.isfinite(found).all()), f"{told}: not finite", "nothing outside a sequence is read")
+            self.alike(request, found, wanted, told, "a token sees its own sequence up to itself")
+            for name, a, b in (("keys", theirs.k_PSKH, right.k_PSKH), ("values", theirs.v_PSKH, right.v_PSKH)):
+                same = torch.equal(bits(a), bits(b))
+                self.check(
+                    same,
+                    f"{told}: the pages hold other {name}",
+                    "new ones go to their places, and nothing else changes",
+                )

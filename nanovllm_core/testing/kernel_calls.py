@@ -172,7 +172,7 @@ class Placed:
 
     def touched(self) -> bool:
         """Whether a bit of it changed."""
-        return not torch.equal(_bits(self.memory), _bits(self.before))
+        return not torch.equal(bits(self.memory), bits(self.before))
 
 
 def guarded(x: Tensor) -> Placed:
@@ -196,7 +196,7 @@ def transposed(x: Tensor) -> Placed:
     return Placed(memory.transpose(0, -1), memory)
 
 
-def _bits(x: Tensor) -> Tensor:
+def bits(x: Tensor) -> Tensor:
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.view(kinds[x.element_size()]) if x.is_floating_point() else x
 

@@ -9,7 +9,7 @@ from unittest import SkipTest
 
 from attrs import evolve
 
-from nanovllm_core.contracts import JOINED, OPERATIONS, Accept, KernelRequest, Shape
+from nanovllm_core.contracts import GENERATION, JOINED, OPERATIONS, Accept, KernelRequest, Shape
 from nanovllm_core.hookspecs import Kernels
 from nanovllm_core.testing.contract import Contract
 
@@ -57,7 +57,7 @@ class KernelTests(Contract):
         """All requests for these operations (none given: all) that its probe accepts."""
         probe = self.bound(Kernels).probe
         found = []
-        for name in operations or (*OPERATIONS, *JOINED):
+        for name in operations or ((*OPERATIONS, *JOINED) if training else (*OPERATIONS, *GENERATION, *JOINED)):
             if self.operations and name not in self.operations:
                 continue
             for device in self.here():

@@ -20,14 +20,14 @@ class CacheTests(ModelTests):
 
     def generate(self, finish: dict[int, int]) -> None:
         """Decode, ending the sequence in row `finish[step]` after a step; every logit beside the full forward's."""
-        from nanovllm_core.testing.modelling import Rows, draw, logits, pack
+        from nanovllm_core.testing.modelling import Kept, draw, logits, pack
 
         shape, module = self.shaped(), self.filled()
         if why := shape.limits.get("cache"):
             raise SkipTest(f"generates without a cache: {why}")
         sequences = [draw(n + NEW, self.vocab_size, seed=n) for n in PROMPTS]
         whole = [logits(module, s, pack(len(s))) for s in sequences]
-        rows = Rows(module, shape, sequences, PROMPTS)
+        rows = Kept.of(module, shape, sequences, PROMPTS)
         if shape.own_cache:
             told = f"new_cache gave {len(rows.kv)} objects for {len(module.blocks)} blocks"
             self.check(len(rows.kv) == len(module.blocks), told, "one object a block")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm_core.assemble import fill
-from nanovllm_core.contracts import Batch, Module, Ops, Shape
+from nanovllm_core.contracts import KV, Batch, Module, Ops, Shape
 from nanovllm_core.hookspecs import Models
+from nanovllm_core.inference.paged import paged_batch
 from nanovllm_core.testing.reference import reference_ops
 
 
@@ -79,20 +80,69 @@ def far(found: Tensor, wanted: Tensor) -> float:
     return float(difference) if bool(torch.isfinite(difference)) else float("inf")
 
 
-class Rows:
-    """Sequences in generation, as the core's loop drives them: entry i of `active` stands in row i of the cache."""
+class Kept:
+    """Sequences in generation, with what the model keeps of each, as the core's engine drives them."""
+
+    kv: Sequence[Any]
 
     def __init__(self, module: Any, shape: Shape, sequences: Sequence[Tensor], prompts: Sequence[int]) -> None:
-        from nanovllm_core.inference.kv import RowCache
-
         self.module, self.sequences = module, sequences
         self.active, self.sizes = list(range(len(sequences))), list(prompts)
-        rows, limit = len(sequences), max(map(len, sequences))
-        self.kv: Any
-        if shape.own_cache:
-            self.kv = module.new_cache(rows, "cpu")
-        else:
-            self.kv = [RowCache(rows, max(prompts), limit, shape, torch.float32, "cpu") for _ in module.blocks]
+
+    @staticmethod
+    def of(module: Any, shape: Shape, sequences: Sequence[Tensor], prompts: Sequence[int]) -> Kept:
+        """In rows where the module keeps its own state, else in pages."""
+        return (Rows if shape.own_cache else Pages)(module, shape, sequences, prompts)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Read prompts `first` to `last` - 1; the logits after the last token of each."""
+        raise NotImplementedError
+
+    def decode(self) -> Tensor:
+        """One more token for each active sequence; the logits after it."""
+        raise NotImplementedError
+
+    def finish(self, row: int) -> None:
+        """The row-th active sequence is over; the last takes its place."""
+        last = self.active.pop()
+        if row < len(self.active):
+            self.active[row] = last
+
+
+class Pages(Kept):
+    """Of three tokens each, those of the sequences taking turns in memory."""
+
+    SIZE = 3
+
+    def __init__(self, module: Any, shape: Shape, sequences: Sequence[Tensor], prompts: Sequence[int]) -> None:
+        super().__init__(module, shape, sequences, prompts)
+        most = -(-max(map(len, sequences)) // self.SIZE)
+        self.pages = [list(range(1 + i, 1 + most * len(sequences), len(sequences))) for i in range(len(sequences))]
+        size = (1 + most * len(sequences), self.SIZE, shape.kv_heads, shape.head_dim)
+        self.kv = [KV(torch.zeros(size), torch.zeros(size)) for _ in module.blocks]
+
+    def read(self, first: int, last: int) -> Tensor:
+        return self._run(range(first, last), [self.sizes[i] for i in range(first, last)])
+
+    def decode(self) -> Tensor:
+        for i in self.active:
+            self.sizes[i] += 1
+        return self._run(self.active, [1] * len(self.active))
+
+    def _run(self, which: Sequence[int], new: Sequence[int]) -> Tensor:
+        select = (torch.tensor(new).cumsum(0) - 1).tolist()
+        contexts = [self.sizes[i] for i in which]
+        batch = paged_batch(new, contexts, [self.pages[i] for i in which], self.SIZE, select)
+        tokens = [self.sequences[i][c - n : c] for i, c, n in zip(which, contexts, new, strict=True)]
+        return logits(self.module, torch.cat(tokens), batch, self.kv)
+
+
+class Rows(Kept):
+    """Entry i of `active` stands in row i."""
+
+    def __init__(self, module: Any, shape: Shape, sequences: Sequence[Tensor], prompts: Sequence[int]) -> None:
+        super().__init__(module, shape, sequences, prompts)
+        self.kv = module.new_cache(len(sequences), "cpu")
 
     def read(self, first: int, last: int) -> Tensor:
         """Prefill rows; the logits after the last token of each."""
@@ -119,9 +169,7 @@ class Rows:
         return logits(self.module, tokens, batch, self.kv)
 
     def finish(self, row: int) -> None:
-        """The sequence of this row is over; the last row takes its place."""
-        last = self.active.pop()
+        super().finish(row)
         if row < len(self.active):
-            self.active[row] = last
             for cache in self.kv:
                 cache.move(len(self.active), row)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm_core.contracts import IGNORE, KV, OPERATIONS, Batch, Ops
+from nanovllm_core.contracts import GENERATION, IGNORE, KV, OPERATIONS, Batch, Ops
 
 
 def embedding(ids_T: Tensor, weight_VC: Tensor) -> Tensor:
@@ -53,21 +53,26 @@ def gelu(x: Tensor, tanh: bool) -> Tensor:
     return x * 0.5 * torch.erfc(-x / math.sqrt(2))  # erfc keeps the digits that 1 + erf loses far below zero
 
 
-def attention(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, kv: KV | None = None, window: int | None = None
-) -> Tensor:
-    cached = None if kv is None else kv.update(k_TKH, v_TKH, batch)
-    if cached is not None:
-        return _decode(q_TNH, *cached, batch, window)
+def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, window: int | None = None) -> Tensor:
     parts = zip(*(torch.split(x, list(batch.lengths)) for x in (q_TNH, k_TKH, v_TKH)), strict=True)
     outputs = [_document(q, k, v, window) for q, k, v in parts]
     return torch.cat(outputs) if outputs else q_TNH.clone()
 
 
-def _decode(q_BNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, batch: Batch, window: int | None) -> Tensor:
-    lengths = [int(p) + 1 for p in batch.positions]
-    rows = zip(torch.split(q_BNH, 1), k_BSKH, v_BSKH, lengths, strict=True)
-    return torch.cat([_document(q, k[:n].to(q.dtype), v[:n].to(q.dtype), window) for q, k, v, n in rows])
+def paged_attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, kv: KV, window: int | None = None
+) -> Tensor:
+    assert batch.paging is not None
+    for pages_PSKH, new_TKH in ((kv.k_PSKH, k_TKH), (kv.v_PSKH, v_TKH)):
+        for place, new in zip(batch.paging.places_T.tolist(), new_TKH, strict=True):
+            pages_PSKH[place // pages_PSKH.shape[1], place % pages_PSKH.shape[1]] = new.to(pages_PSKH.dtype)
+    found = []
+    for q_LNH, table, n in zip(
+        torch.split(q_TNH, list(batch.lengths)), batch.paging.tables_DP.long(), batch.paging.contexts, strict=True
+    ):
+        k_SKH, v_SKH = (pages[table].flatten(0, 1)[:n].to(q_TNH.dtype) for pages in (kv.k_PSKH, kv.v_PSKH))
+        found.append(_document(q_LNH, k_SKH, v_SKH, window))
+    return torch.cat(found)
 
 
 def _document(q_LNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, window: int | None) -> Tensor:
@@ -116,6 +121,7 @@ DEFINITIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "swiglu": swiglu,
         "gelu": gelu,
         "attention": attention,
+        "paged_attention": paged_attention,
         "linear_cross_entropy": linear_cross_entropy,
         "norm_linear": norm_linear,
         "norm_rotary": norm_rotary,
@@ -126,7 +132,7 @@ DEFINITIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
 
 def reference_ops(dtype: str = "float32") -> Ops:
     """All operations by their definitions, computed in float64, results rounded to `dtype` (the loss to fp32)."""
-    found: dict[str, Any] = {name: _rounded(name, getattr(torch, dtype)) for name in OPERATIONS}
+    found: dict[str, Any] = {name: _rounded(name, getattr(torch, dtype)) for name in (*OPERATIONS, *GENERATION)}
     return Ops(dtype=dtype, **found)
 
 
@@ -138,15 +144,7 @@ def _rounded(name: str, dtype: torch.dtype) -> Callable[..., Any]:
         out = definition(*map(_wide, args), **{k: _wide(v) for k, v in kwargs.items()})
         return tuple(o.to(result) for o in out) if isinstance(out, tuple) else out.to(result)
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, batch: Batch, kv: KV | None = None, window: int | None = None
-    ) -> Tensor:
-        cached = None if kv is None else kv.update(k, v, batch)  # a cache holds them as the model made them
-        if cached is not None:
-            return _decode(q.double(), *cached, batch, window).to(result)
-        return attention(q.double(), k.double(), v.double(), batch, None, window).to(result)
-
-    return attend if name == "attention" else call
+    return call
 
 
 def _wide(value: Any) -> Any:

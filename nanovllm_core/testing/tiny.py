@@ -75,7 +75,7 @@ class _Block(nn.Module):
         ops, attn, mlp = self.ops, self.self_attn, self.mlp
         h_TC = ops.rms_norm(x_TC, self.input_layernorm.weight, 1e-6)
         q, k, v = (_heads(ops.linear(h_TC, attn[f"{n}_proj"].weight, None)) for n in "qkv")
-        x_TC = x_TC + ops.linear(ops.attention(q, k, v, batch, kv).flatten(1), attn["o_proj"].weight, None)
+        x_TC = x_TC + ops.linear(ops.attend(q, k, v, batch, kv).flatten(1), attn["o_proj"].weight, None)
         h_TC = ops.rms_norm(x_TC, self.post_attention_layernorm.weight, 1e-6)
         gate, up = (ops.linear(h_TC, mlp[n].weight, None) for n in ("gate_proj", "up_proj"))
         return x_TC + ops.linear(ops.swiglu(gate, up), mlp["down_proj"].weight, None)

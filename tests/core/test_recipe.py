@@ -181,7 +181,7 @@ NO_SAMPLING = [
 
 @pytest.mark.parametrize(("name", "value"), NO_SAMPLING)
 def test_what_sampling_refuses_the_recipe_refuses_before_training(name: str, value: Any) -> None:
-    from nanovllm_core.inference.sampling import SamplingParams
+    from nanovllm_core.inference.params import SamplingParams
 
     with pytest.raises(GenerationError, match=name):
         SamplingParams(**{name: value})
@@ -190,7 +190,7 @@ def test_what_sampling_refuses_the_recipe_refuses_before_training(name: str, val
 
 
 def test_sampling_has_a_bad_value_for_each_of_its_constraints() -> None:
-    from nanovllm_core.inference.sampling import SamplingParams
+    from nanovllm_core.inference.params import SamplingParams
 
     names = {a.name for a in attrs.fields(SamplingParams)} & {a.name for a in attrs.fields(Generate)}
     assert names == {name for name, _ in NO_SAMPLING}

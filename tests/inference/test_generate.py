@@ -1,130 +1,33 @@
-"""The loop against a cache-free recomputation and against transformers; the same draws in any company."""
+"""All answers to a list of prompts: against recomputation and transformers, and the same draws in any company."""
 
 from __future__ import annotations
 
-import random
-from typing import Any
-
 import pytest
 import torch
-from nanovllm_kernels.torch import Torch
-from nanovllm_models.config import outline
-from nanovllm_models.families import from_huggingface
 from nanovllm_tokenizers.bpe import train
 
-from nanovllm_core.contracts import OPERATIONS, Batch, KernelRequest, Ops, Shape
 from nanovllm_core.errors import GenerationError
-from nanovllm_core.inference import generate as loop
 from nanovllm_core.inference.generate import generate
-from nanovllm_core.inference.sampling import SamplingParams
+from nanovllm_core.inference.params import SamplingParams
 
 MAX = 512
-TEXTS = [__doc__, *(f"Was für ein Tag, {i} Äpfel für Zoë – 漢字 und 😀 in a very long line.\n" for i in range(40))]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 
-def ops_for(shape: Shape, dtype: str) -> Ops:
-    request = {"device": "cpu", "dtype": dtype, "shape": shape, "training": False}
-    return Ops(dtype=dtype, **{op: Torch().load(KernelRequest(operation=op, **request)) for op in OPERATIONS})
-
-
-def settings_of(family: str, tied: bool) -> dict[str, Any]:
-    """A small model's Hugging Face config; windows are shorter than what is read and written here."""
-    if family == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": MAX}
-    else:
-        sizes = {
-            "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": MAX,
-        }  # fmt: skip
-    windows = {
-        "mistral": {"sliding_window": 11},
-        "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
-    }
-    sizes |= windows.get(family, {})
-    return {"model_type": family, "vocab_size": 440, "tie_word_embeddings": tied, **sizes}
-
-
-class Model:
-    """A small model with wide random weights, so that its answers wander, and a tokenizer with fewer ids than rows."""
-
-    def __init__(self, family: str, tied: bool, dtype: str = "float32", seed: int = 0) -> None:
-        self.tokenizer = train(TEXTS, 420)
-        self.settings = settings_of(family, tied)
-        config = from_huggingface(self.settings)
-        self.shape = outline(config, dtype="float32")
-        self.module = config.build(ops_for(self.shape, dtype))
-        self.module.to_empty(device="cpu")
-        g = torch.Generator().manual_seed(seed)
-        for parameter in self.module.parameters():
-            torch.nn.init.normal_(parameter, 0.0, 0.35, generator=g)
-        self.module.to(getattr(torch, dtype))
-
-    def __call__(self, prompts, params, batch_size=32, max_len=MAX):
-        many = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        return generate(
-            self.module,
-            self.tokenizer,
-            prompts,
-            many,
-            shape=self.shape,
-            device="cpu",
-            max_len=max_len,
-            batch_size=batch_size,
-        )
-
-    @torch.no_grad()
-    def recomputed(self, ids: list[int], n: int) -> list[int]:
-        """Greedy without any cache: the whole sequence again for each token."""
-        ids, begin = list(ids), len(ids)
-        while len(ids) < begin + n and (len(ids) == begin or ids[-1] not in self.tokenizer.stop_ids):
-            batch = Batch(
-                positions=torch.arange(len(ids)),
-                lengths=(len(ids),),
-                cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-                select=torch.tensor([len(ids) - 1]),
-            )
-            ids.append(int(self.module(torch.tensor(ids), batch)[0, : self.tokenizer.vocab_size].argmax()))
-        return ids[begin:]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny here: more threads only wait for each other, for minutes on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(
-    scope="module",
-    params=[("llama", False), ("qwen3", True), ("mistral", False)],
-    ids=["llama", "qwen3-tied", "mistral"],
-)
-def model(request) -> Model:
-    return Model(*request.param)
-
-
-def prompts_of(model: Model, n: int, longest: int, seed: int = 0) -> list[list[int]]:
-    pick = random.Random(seed)
-    return [[pick.randrange(2, 420) for _ in range(pick.randint(1, longest))] for _ in range(n)]
-
-
-def test_greedy_equals_recomputation(model: Model) -> None:
-    prompts = [*prompts_of(model, 6, 40), [5], [7] * 250]
+def test_greedy_equals_recomputation(model, prompts_of) -> None:
+    prompts = [*prompts_of(6, 40), [5], [7] * 250]
     params = [SamplingParams(temperature=0, max_tokens=n) for n in (24, 1, 60, 7, 24, 2, 40, 30)]
     wanted = [model.recomputed(ids, p.max_tokens) for ids, p in zip(prompts, params, strict=True)]
     assert len({tuple(w) for w in wanted}) == len(wanted)
-    for batch_size in (1, 3, 32):
-        outputs = model(prompts, params, batch_size)
+    for most in (1, 3, 32):
+        outputs = model(prompts, params, most)
         assert [o["token_ids"] for o in outputs] == wanted
         for o, p in zip(outputs, params, strict=True):
             assert o["finish_reason"] == ("stop" if o["token_ids"][-1] in model.tokenizer.stop_ids else "length")
             assert len(o["token_ids"]) <= p.max_tokens
 
 
-def test_long_answers_outgrow_the_cache_and_end_at_the_models_length(model: Model) -> None:
+def test_long_answers_outgrow_the_cache_and_end_at_the_models_length(model) -> None:
     endless = SamplingParams(temperature=0, max_tokens=10_000, ignore_eos=True)
     outputs = model([[9, 8, 7], [11] * 5, [12] * (MAX - 1)], endless)
     assert [len(o["token_ids"]) for o in outputs] == [MAX - 3, MAX - 5, 1]
@@ -140,10 +43,10 @@ def test_long_answers_outgrow_the_cache_and_end_at_the_models_length(model: Mode
     ("family", "tied"),
     [("llama", False), ("qwen3", True), ("qwen2", True), ("mistral", False), ("gpt2", True), ("gpt2", False)],
 )
-def test_greedy_equals_transformers(family: str, tied: bool) -> None:
+def test_greedy_equals_transformers(family: str, tied: bool, prompts_of, make_model) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = Model(family, tied, seed=4)
+    model = make_model(family, tied, seed=4)
     reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.settings)).eval()
     missing, unexpected = reference.load_state_dict(model.module.state_dict(), strict=False)
     assert (missing, unexpected) == (["lm_head.weight"] if tied else [], [])
@@ -151,7 +54,7 @@ def test_greedy_equals_transformers(family: str, tied: bool) -> None:
     with torch.no_grad():  # transformers would choose padding rows
         reference.get_input_embeddings().weight[model.tokenizer.vocab_size :] = 0
         reference.get_output_embeddings().weight[model.tokenizer.vocab_size :] = 0
-    prompts = prompts_of(model, 5, 30, seed=2)
+    prompts = prompts_of(5, 30, seed=2)
     for ids, output in zip(prompts, model(prompts, SamplingParams(temperature=0, max_tokens=40)), strict=True):
         given = torch.tensor([ids])
         ends = list(model.tokenizer.stop_ids)
@@ -162,20 +65,20 @@ def test_greedy_equals_transformers(family: str, tied: bool) -> None:
         assert output["token_ids"] == wanted[0, len(ids) :].tolist()
 
 
-def test_the_same_seed_draws_the_same_in_any_company(model: Model) -> None:
-    prompts = prompts_of(model, 8, 30, seed=3)
+def test_the_same_seed_draws_the_same_in_any_company(model, prompts_of) -> None:
+    prompts = prompts_of(8, 30, seed=3)
     params = [
         SamplingParams(seed=i % 3, temperature=0.3 + i / 4, top_k=(None, 20)[i % 2], top_p=(1.0, 0.9, 0.7)[i % 3])
         for i in range(8)
     ]
     together = model(prompts, params)
-    assert model(prompts[::-1], params[::-1], batch_size=3)[::-1] == together
+    assert model(prompts[::-1], params[::-1], most=3)[::-1] == together
     assert [model([ids], p)[0] for ids, p in zip(prompts, params, strict=True)] == together
     other = [SamplingParams(seed=99, temperature=1.0)] * 8
     assert [o["token_ids"] for o in model(prompts, other)] != [o["token_ids"] for o in together]
 
 
-def test_seeds_are_each_answers_own_and_leave_torchs_alone(model: Model) -> None:
+def test_seeds_are_each_answers_own_and_leave_torchs_alone(model) -> None:
     state = torch.get_rng_state()
     free = model([[5, 6]] * 3, SamplingParams(temperature=2.0))
     assert len({tuple(o["token_ids"]) for o in free}) == 3
@@ -184,15 +87,15 @@ def test_seeds_are_each_answers_own_and_leave_torchs_alone(model: Model) -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_rows_beyond_the_vocabulary_are_never_drawn(model: Model) -> None:
+def test_rows_beyond_the_vocabulary_are_never_drawn(model, prompts_of) -> None:
     params = [SamplingParams(temperature=50.0, seed=i, max_tokens=60, ignore_eos=True) for i in range(16)]
-    outputs = model(prompts_of(model, 16, 5), params)
+    outputs = model(prompts_of(16, 5), params)
     ids = [i for o in outputs for i in o["token_ids"]]
     assert max(ids) < model.tokenizer.vocab_size < model.shape.vocab_size
     assert len(set(ids)) > 300
 
 
-def test_text_prompts_get_the_prefix(model: Model) -> None:
+def test_text_prompts_get_the_prefix(model) -> None:
     [[*ids]] = model.tokenizer.encode(["Was für ein Tag"])
     prefixed = [*model.tokenizer.prefix_ids, *ids]
     first, second, third = model(["Was für ein Tag", prefixed, tuple(ids)], GREEDY)
@@ -201,11 +104,11 @@ def test_text_prompts_get_the_prefix(model: Model) -> None:
     assert model([""], GREEDY)[0]["token_ids"] == model.recomputed(list(model.tokenizer.prefix_ids), 24)
 
 
-def test_stop_ids(model: Model) -> None:
+def test_stop_ids(model) -> None:
     ids = model([[5, 6, 7]], GREEDY)[0]["token_ids"]
     stop = next(i for k, i in enumerate(ids) if k >= 4 and i not in ids[:k])
     at = ids.index(stop)
-    other = train(TEXTS, 420)
+    other = train(model.texts, 420)
     other.stop_ids = (other.end_id, stop)
     settings = {"shape": model.shape, "device": "cpu", "max_len": MAX}
     [output] = generate(model.module, other, [[5, 6, 7]], [GREEDY], **settings)
@@ -215,7 +118,7 @@ def test_stop_ids(model: Model) -> None:
     assert output["token_ids"][: len(ids)] == ids
 
 
-def test_stop_texts(model: Model) -> None:
+def test_stop_texts(model) -> None:
     plain = model([[5, 6, 7]], GREEDY)[0]
     text = plain["text"]
     for begin in range(2, len(text) - 5, 3):
@@ -233,15 +136,7 @@ def test_stop_texts(model: Model) -> None:
         assert stop not in model.tokenizer.decode(plain["token_ids"][: n - 1])
 
 
-def test_reading_prompts_in_several_passes_changes_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = prompts_of(model, 9, 30, seed=8)
-    wanted = model(prompts, GREEDY)
-    for tokens in (1, 35, 70):
-        monkeypatch.setattr(loop, "PREFILL", tokens)
-        assert model(prompts, GREEDY) == wanted
-
-
-def test_the_module_comes_back_as_it_was(model: Model) -> None:
+def test_the_module_comes_back_as_it_was(model) -> None:
     for mode in (True, False):
         model.module.train(mode)
         model([[5]], GREEDY)
@@ -249,14 +144,14 @@ def test_the_module_comes_back_as_it_was(model: Model) -> None:
     assert all(p.grad is None and not p.is_inference() for p in model.module.parameters())
 
 
-def test_bfloat16() -> None:
-    model = Model("qwen3", True, dtype="bfloat16")
-    outputs = model(prompts_of(model, 3, 20), GREEDY)
+def test_bfloat16(prompts_of, make_model) -> None:
+    model = make_model("qwen3", True, dtype="bfloat16")
+    outputs = model(prompts_of(3, 20), GREEDY)
     assert all(o["token_ids"] for o in outputs)
 
 
-def test_damaged_weights_are_told(model: Model) -> None:
-    broken = Model("llama", False)
+def test_damaged_weights_are_told(model, make_model) -> None:
+    broken = make_model("llama", False)
     with torch.no_grad():
         broken.module.model.norm.weight[0] = float("nan")
     with pytest.raises(GenerationError, match="not finite"):
@@ -276,7 +171,7 @@ def test_damaged_weights_are_told(model: Model) -> None:
         (["a"], "got token id 'a'"),
     ],
 )
-def test_prompts_that_cannot_be(model: Model, prompt: list, said: str) -> None:
+def test_prompts_that_cannot_be(model, prompt: list, said: str) -> None:
     with pytest.raises(GenerationError) as caught:
         model(["fine", prompt], GREEDY)
     assert said in str(caught.value)

@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm_core.errors import GenerationError
-from nanovllm_core.inference.sampling import CANDIDATES, SamplingParams, _invert, sample
+from nanovllm_core.inference.params import SamplingParams
+from nanovllm_core.inference.sampling import CANDIDATES, _invert, draw, sample
+from nanovllm_core.inference.sequence import Sequence
+from nanovllm_core.inference.stopping import StopTexts
 
 
 def distribution(logits: list[float], p: SamplingParams) -> list[float]:
-    """The definition, in float64 and plain Python: temperature, then the top k, then the top p of those."""
+    """The definition, in float64 and plain Python: temperature, the top k, the top p of those, of these what min-p leaves."""
     top = max(logits)
     weights = [math.exp((x - top) / p.temperature) for x in logits]
     order = sorted(range(len(logits)), key=lambda i: -weights[i])[: p.top_k or len(logits)]
@@ -25,6 +28,8 @@ def distribution(logits: list[float], p: SamplingParams) -> list[float]:
             break
         kept.append(i)
         mass += weights[i]
+    kept = [i for i in kept if weights[i] >= p.min_p]  # the likeliest has weight 1
+    mass = sum(weights[i] for i in kept)
     return [weights[i] / mass if i in set(kept) else 0.0 for i in range(len(logits))]
 
 
@@ -47,6 +52,10 @@ def draws(logits: torch.Tensor, p: SamplingParams, n: int) -> list[int]:
         {"top_k": 12, "top_p": 0.7},
         {"top_k": 1000, "top_p": 0.99999},
         {"top_p": 1e-9},
+        {"min_p": 0.1},
+        {"min_p": 0.02, "temperature": 1.6, "top_k": 30},
+        {"min_p": 0.05, "top_p": 0.95, "top_k": 20},
+        {"min_p": 1.0},
     ],
     ids=str,
 )
@@ -66,12 +75,17 @@ def test_frequencies(options: dict) -> None:
         assert chance > 1e-3, f"chi-square {chi2:.1f} with {freedom} degrees of freedom"
 
 
-@pytest.mark.parametrize("top_k", [None, 3, CANDIDATES, CANDIDATES + 1, 2500])
-@pytest.mark.parametrize("top_p", [0.3, 0.97, 1.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        *((k, p, 0.0) for k in (None, 3, CANDIDATES, CANDIDATES + 1, 2500) for p in (0.3, 0.97, 1.0)),
+        *((k, p, m) for k in (None, 2500) for p in (0.97, 1.0) for m in (0.03, 0.97)),
+    ],
+)
 @pytest.mark.parametrize("scale", [0.01, 8.0], ids=["flat", "peaked"])
-def test_a_large_vocabulary_keeps_exactly_what_the_definition_keeps(top_k, top_p, scale) -> None:
+def test_a_large_vocabulary_keeps_exactly_what_the_definition_keeps(top_k, top_p, min_p, scale) -> None:
     logits = scale * torch.randn(3000, generator=torch.Generator().manual_seed(3))
-    p = SamplingParams(top_k=top_k, top_p=top_p)
+    p = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
     reference = distribution(logits.double().tolist(), p)
     support = {i for i, x in enumerate(reference) if x > 0}
     seen = set(draws(logits, p, 2_500))
@@ -102,7 +116,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     params = [
         SamplingParams(seed=1), SamplingParams(seed=1, top_p=0.9), SamplingParams(temperature=0),
         SamplingParams(seed=3, top_k=7), SamplingParams(seed=4, top_k=1500), SamplingParams(seed=5, top_p=0.99999),
-        SamplingParams(seed=6, temperature=3.0), SamplingParams(seed=7, top_k=50, top_p=0.5), SamplingParams(seed=8),
+        SamplingParams(seed=6, temperature=3.0), SamplingParams(seed=7, top_k=50, top_p=0.5), SamplingParams(seed=8, min_p=0.01),
     ]  # fmt: skip
     together = [p.generator() for p in params]
     batched = [sample(logits, params, together) for _ in range(20)]
@@ -123,6 +137,28 @@ def test_only_rows_that_need_it_sort_the_whole_vocabulary(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.Tensor, "sort", counted)
     sample(logits, [few, many, few], [p.generator() for p in (few, many, few)])
     assert sorted_shapes == [(1, 3 * CANDIDATES)]
+
+
+def test_what_was_said_is_less_likely_by_the_penalty() -> None:
+    """As transformers does it: prompt and answer count, each token once."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = 3 * torch.randn(4, 50, generator=torch.Generator().manual_seed(4))
+    sequences = [
+        Sequence([3, 3, 7, i], SamplingParams(temperature=0, repetition_penalty=p, logprobs=1), 9, StopTexts(None, ()), ids=[9, 11])
+        for i, p in enumerate((1.0, 1.4, 3.0, 0.2))
+    ]  # fmt: skip
+    before = logits.clone()
+    wanted = []
+    for row, s in enumerate(sequences):
+        process = RepetitionPenaltyLogitsProcessor(s.params.repetition_penalty)
+        ids = torch.tensor([[*s.prompt, *s.ids]])
+        wanted.append(int(process(ids, logits[row : row + 1].clone()).argmax()))
+    assert draw(logits, sequences) == wanted
+    assert torch.equal(logits, before)
+    assert len({*wanted, int(logits[1].argmax())}) > 1
+    told = [s.logprobs[0]["logprob"] for s in sequences]  # of the model's own distribution
+    assert torch.allclose(torch.tensor(told), logits.log_softmax(-1)[range(4), wanted], atol=1e-5)
 
 
 def test_without_a_seed_each_generator_is_another() -> None:
@@ -161,6 +197,13 @@ def test_damaged_logits_are_refused(bad: float) -> None:
         ({"top_k": 2.0}, "top_k: got 2.0"),
         ({"top_p": 0}, "top_p: got 0"),
         ({"top_p": 1.01}, "top_p: got 1.01"),
+        ({"min_p": 1.1}, "min_p: got 1.1"),
+        ({"min_p": True}, "min_p: got True"),
+        ({"repetition_penalty": 0}, "repetition_penalty: got 0"),
+        ({"n": 0}, "n: got 0"),
+        ({"logprobs": -1}, "logprobs: got -1"),
+        ({"logprobs": 101}, "logprobs: got 101"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids: got"),
         ({"max_tokens": 0}, "max_tokens: got 0"),
         ({"max_tokens": True}, "max_tokens: got True"),
         ({"stop": ["a", ""]}, "stop: got"),

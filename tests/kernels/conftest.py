@@ -9,7 +9,7 @@ import pytest
 import torch
 from nanovllm_kernels.torch import Torch
 
-from nanovllm_core.contracts import OPERATIONS, Batch, KernelRequest, Ops, Shape
+from nanovllm_core.contracts import GENERATION, OPERATIONS, Batch, KernelRequest, Ops, Shape
 
 SHAPE = Shape(
     family="qwen3", vocab_size=97, layers=2, hidden=48, heads=4, kv_heads=2, head_dim=12, intermediate=64, tied=True,
@@ -28,7 +28,10 @@ def make_ops() -> Callable[[str], Ops]:
     """dtype -> every operation of the `torch` component on the CPU."""
 
     def make(dtype: str) -> Ops:
-        requests = {name: KernelRequest(operation=name, device="cpu", dtype=dtype, shape=SHAPE) for name in OPERATIONS}
+        requests = {
+            name: KernelRequest(operation=name, device="cpu", dtype=dtype, shape=SHAPE)
+            for name in (*OPERATIONS, *GENERATION)
+        }
         return Ops(dtype=dtype, **{name: Torch().load(request) for name, request in requests.items()})
 
     return make

@@ -10,7 +10,9 @@ from attrs import evolve
 from nanovllm_kernels.torch import Torch
 from torch import Tensor
 
-from nanovllm_core.contracts import IGNORE, OPERATIONS, Batch, KernelRequest, Ops, Shape
+from nanovllm_core.contracts import GENERATION, IGNORE, KV, OPERATIONS, Batch, KernelRequest, Ops, Shape
+from nanovllm_core.testing.kernel_caches import CASES, Case, paged_call
+from nanovllm_core.testing.reference import DEFINITIONS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -23,7 +25,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 
 
 def ops_for(dtype: str) -> Ops:
-    requests = {name: evolve(REQUEST, operation=name, dtype=dtype) for name in OPERATIONS}
+    requests = {name: evolve(REQUEST, operation=name, dtype=dtype) for name in (*OPERATIONS, *GENERATION)}
     return Ops(dtype=dtype, **{name: Torch().load(request) for name, request in requests.items()})
 
 
@@ -87,18 +89,12 @@ def test_loss(dtype: str, ignored: float) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("window", [None, 2])
-def test_decoding(dtype: str, window: int | None) -> None:
-    kind, positions = getattr(torch, dtype), torch.tensor([0, 6, 3])
-    k, v, q = torch.randn(3, 7, 2, 64).to(kind), torch.randn(3, 7, 2, 64).to(kind), torch.randn(3, 4, 64).to(kind)
-
-    class Cache:
-        def update(self, k_TKH: Tensor, v_TKH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-            return k.cuda(), v.cuda()
-
-    batch = Batch(positions=positions.cuda(), lengths=(1,) * 3, cu_seqlens=torch.arange(4).cuda(), context=7)
-    out = ops_for(dtype).attention(q.cuda(), q[:, :2].cuda(), q[:, :2].cuda(), batch, Cache(), window).cpu().double()
-    for row, p in enumerate(positions.tolist()):
-        seen = slice(max(0, p + 1 - (window or 7)), p + 1)
-        for head in range(4):
-            weights = (k[row, seen, head // 2].double() @ q[row, head].double() / 8).softmax(0)
-            assert (out[row, head] - weights @ v[row, seen, head // 2].double()).abs().max() <= TOLERANCE[dtype] * 3
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pages(dtype: str, window: int | None, case: Case) -> None:
+    call, kv = paged_call(
+        evolve(REQUEST, operation="paged_attention", dtype=dtype, device="cuda", training=False), case
+    )
+    found = ops_for(dtype).paged_attention(*call.args, KV(kv.k_PSKH.clone(), kv.v_PSKH.clone()), window)
+    wide = [x.double() if isinstance(x, Tensor) else x for x in call.args]
+    wanted = DEFINITIONS["paged_attention"](*wide, kv, window)
+    assert (found.double() - wanted).abs().max() <= TOLERANCE[dtype] * 3

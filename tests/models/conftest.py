@@ -52,28 +52,6 @@ def pack() -> Callable[..., Batch]:
     return make
 
 
-class ContiguousKV:
-    """The smallest `contracts.KV`: a row a sequence, a column a position."""
-
-    def __init__(self, rows: int, positions: int, kv_heads: int, head_dim: int) -> None:
-        self.k, self.v = (torch.full((rows, positions, kv_heads, head_dim), torch.nan) for _ in range(2))
-
-    def update(self, k_TKH: Tensor, v_TKH: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        self.k[batch.slots, batch.positions], self.v[batch.slots, batch.positions] = k_TKH, v_TKH
-        if not batch.context:
-            return None
-        # What is not yet written holds NaN here; an engine's memory may too, but a masked NaN value stays one.
-        k, v = self.k[batch.slots, : batch.context], self.v[batch.slots, : batch.context]
-        return k.nan_to_num(1e4), v.nan_to_num(1e4)
-
-
-@pytest.fixture
-def make_kv() -> Callable[..., list[ContiguousKV]]:
-    return lambda shape, rows, positions: [
-        ContiguousKV(rows, positions, shape.kv_heads, shape.head_dim) for _ in range(shape.layers)
-    ]
-
-
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real SmolLM2-135M folder."""

@@ -18,7 +18,7 @@ from nanovllm_tokenizers.hf import Hf
 
 from nanovllm_core import Machine, Recipe, Registry, make_plan, run
 from nanovllm_core.contracts import Accept, Batch, Module, Refuse
-from nanovllm_core.inference.sampling import SamplingParams
+from nanovllm_core.inference.params import SamplingParams
 from nanovllm_core.llm import LLM
 
 Build = Callable[..., Module]

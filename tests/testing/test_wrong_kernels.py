@@ -9,7 +9,7 @@ import torch
 from attrs import evolve, field, frozen
 
 from nanovllm_core import hookimpl
-from nanovllm_core.contracts import IGNORE, OPERATIONS, Accept, Refuse
+from nanovllm_core.contracts import GENERATION, IGNORE, KV, OPERATIONS, Accept, Refuse
 from nanovllm_core.testing import KernelContract, failures
 from nanovllm_core.testing.kernel_cases import SHAPES
 from nanovllm_core.testing.reference import reference_ops
@@ -24,7 +24,11 @@ class Defined:
 
     @hookimpl
     def probe(self, request):
-        if request.operation in OPERATIONS and request.device in ("cpu", "cuda") and request.dtype != "float7":
+        if (
+            request.operation in (*OPERATIONS, *GENERATION)
+            and request.device in ("cpu", "cuda")
+            and request.dtype != "float7"
+        ):
             return Accept(why="by definition")
         return Refuse("unknown")
 
@@ -206,31 +210,22 @@ def nan_without_targets(right, x, weight, targets):
 # ---------------------------------------------------------------- attention
 
 
-def whole_batch(right, q, k, v, batch, kv=None, window=None):
-    if batch.context or not batch.lengths:
-        return right(q, k, v, batch, kv, window)
-    if kv is not None:
-        kv.update(k, v, batch)
-    return right(q, k, v, evolve(batch, lengths=(sum(batch.lengths),)), None, window)
+def whole_batch(right, q, k, v, batch, window=None):
+    lengths = (sum(batch.lengths),) if batch.lengths else ()
+    return right(q, k, v, evolve(batch, lengths=lengths), window)
 
 
-def no_window(right, q, k, v, batch, kv=None, window=None):
-    return right(q, k, v, batch, kv, None)
+def no_window(right, q, k, v, batch, window=None):
+    return right(q, k, v, batch, None)
 
 
-def window_off_by_one(right, q, k, v, batch, kv=None, window=None):
-    return right(q, k, v, batch, kv, window and window + 1)
+def window_off_by_one(right, q, k, v, batch, window=None):
+    return right(q, k, v, batch, window and window + 1)
 
 
-def no_window_in_decoding(right, q, k, v, batch, kv=None, window=None):
-    return right(q, k, v, batch, kv, None if batch.context else window)
-
-
-def sees_ahead(right, q, k, v, batch, kv=None, window=None):
-    if batch.context or window or not batch.lengths:
-        return right(q, k, v, batch, kv, window)
-    if kv is not None:
-        kv.update(k, v, batch)
+def sees_ahead(right, q, k, v, batch, window=None):
+    if window or not batch.lengths:
+        return right(q, k, v, batch, window)
     parts = zip(*(x.float().split(list(batch.lengths)) for x in (q, k, v)), strict=True)
     out = []
     for a, b, c in parts:
@@ -240,31 +235,32 @@ def sees_ahead(right, q, k, v, batch, kv=None, window=None):
     return torch.cat(out).to(q.dtype)
 
 
-def sees_the_whole_row(right, q, k, v, batch, kv=None, window=None):
-    if not batch.context:
+def paged_no_window(right, q, k, v, batch, kv, window=None):
+    return right(q, k, v, batch, kv, None)
+
+
+def paged_window_off_by_one(right, q, k, v, batch, kv, window=None):
+    return right(q, k, v, batch, kv, window and window + 1)
+
+
+def writes_to_no_page(right, q, k, v, batch, kv, window=None):
+    return right(q, k, v, batch, KV(kv.k_PSKH.clone(), kv.v_PSKH.clone()), window)
+
+
+def pages_in_a_row(right, q, k, v, batch, kv, window=None):
+    """Takes the pages that follow a sequence's first one."""
+    first_D1, count = batch.paging.tables_DP[:, :1], batch.paging.tables_DP.shape[1]
+    tables = (first_D1 + torch.arange(count)).clamp_max(len(kv.k_PSKH) - 2).int()
+    return right(q, k, v, evolve(batch, paging=evolve(batch.paging, tables_DP=tables)), kv, window)
+
+
+def sees_beyond_the_sequence(right, q, k, v, batch, kv, window=None):
+    places = batch.paging.tables_DP.shape[1] * kv.k_PSKH.shape[1]
+    further = tuple(min(c + 1, places) for c in batch.paging.contexts)
+    if batch.paging.contexts == batch.lengths:
         return right(q, k, v, batch, kv, window)
-    return right(
-        q,
-        k,
-        v,
-        evolve(batch, positions=torch.full_like(batch.positions, batch.context - 1)),
-        Longest(kv, batch),
-        window,
-    )
-
-
-class Longest:
-    def __init__(self, kv, batch):
-        self.kv, self.batch = kv, batch
-
-    def update(self, k, v, batch):
-        return self.kv.update(k, v, self.batch)
-
-
-def forgets_the_cache(right, q, k, v, batch, kv=None, window=None):
-    if batch.context:
-        return right(q, k, v, batch, kv, window)
-    return right(q, k, v, batch, None, window)
+    paging = evolve(batch.paging, contexts=further, contexts_D=torch.tensor(further, dtype=torch.int32))
+    return right(q, k, v, evolve(batch, paging=paging), kv, window)
 
 
 WRONG = [
@@ -287,16 +283,18 @@ WRONG = [
     ("linear_cross_entropy", counts_ignored, {"test_ignored_targets_are_left_out", "test_no_target_is_trained"}),
     ("linear_cross_entropy", nan_without_targets, {"test_no_target_is_trained"}),
     ("attention", whole_batch, {"test_documents_do_not_see_each_other"}),
-    ("attention", no_window, {"test_looks_back_a_window", "test_decodes_within_a_window"}),
-    ("attention", window_off_by_one, {"test_looks_back_a_window", "test_decodes_within_a_window"}),
-    ("attention", no_window_in_decoding, {"test_decodes_within_a_window"}),
+    ("attention", no_window, {"test_looks_back_a_window"}),
+    ("attention", window_off_by_one, {"test_looks_back_a_window"}),
     ("attention", sees_ahead, {"test_later_tokens_change_nothing_before_them"}),
-    ("attention", sees_the_whole_row, {"test_decodes_over_a_cache"}),
-    ("attention", forgets_the_cache, {"test_prefill_fills_the_cache"}),
+    ("paged_attention", paged_no_window, {"test_decodes_within_a_window"}),
+    ("paged_attention", paged_window_off_by_one, {"test_decodes_within_a_window"}),
+    ("paged_attention", writes_to_no_page, {"test_decodes_over_pages", "test_decodes_within_a_window"}),
+    ("paged_attention", pages_in_a_row, {"test_decodes_over_pages", "test_decodes_within_a_window"}),
+    ("paged_attention", sees_beyond_the_sequence, {"test_decodes_over_pages", "test_decodes_within_a_window"}),
 ]
 EXACTLY = {
-    other_dtype, writes_past_the_end, takes_rows_for_contiguous,
-    fails_on_nothing, no_window, window_off_by_one, no_window_in_decoding, forgets_the_cache,
+    other_dtype, writes_past_the_end, takes_rows_for_contiguous, fails_on_nothing, no_window, window_off_by_one,
+    paged_no_window, paged_window_off_by_one, writes_to_no_page, pages_in_a_row, sees_beyond_the_sequence,
 }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ class FlashAttn:
 
     @hookimpl
     def load(self, request: KernelRequest) -> Callable[..., Any]:
-        """`attention(q, k, v, batch, kv, window)`."""
+        """`attention(q, k, v, batch, window)`."""
         from functools import partial
 
         from nanovllm_kernels import packed_attention

@@ -1,7 +1,7 @@
 """Attention over packed documents by kernels that take running lengths: FlashAttention 2 and 4, and torch's own.
 
-A call is `packed(q_TNH, k_TKH, v_TKH, cu_seqlens, longest, window) -> o_TNH`, causal within each document. What those kernels
-do not do goes to `torch_attention`: decoding over a cache, and documents of one length where cuDNN's kernel is as fast or faster.
+A call is `packed(q_TNH, k_TKH, v_TKH, cu_seqlens, longest, window) -> o_TNH`, causal within each document. Documents
+of one length go to `torch_attention` where cuDNN's kernel is as fast or faster.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm_core.contracts import KV, Batch
+from nanovllm_core.contracts import Batch
 from nanovllm_kernels import torch_attention
 
 Packed = Callable[[Tensor, Tensor, Tensor, Tensor, int, "int | None"], Tensor]
@@ -26,14 +26,9 @@ def attention(
     k_TKH: Tensor,
     v_TKH: Tensor,
     batch: Batch,
-    kv: KV | None = None,
     window: int | None = None,
 ) -> Tensor:
     """As `contracts.Ops.attention`."""
-    if kv is not None:
-        cached = kv.update(k_TKH, v_TKH, batch)
-        if cached is not None:
-            return torch_attention.decode(q_TNH, *cached, batch, window)
     longest = max(batch.lengths, default=0)
     if window is not None and window >= longest:
         window = None

@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import frozen
 
-from nanovllm_core.contracts import OPERATIONS, Accept, KernelRequest, Refuse, Verdict
+from nanovllm_core.contracts import GENERATION, OPERATIONS, Accept, KernelRequest, Refuse, Verdict
 from nanovllm_core.hookspecs import hookimpl
 
 DEVICES = ("cpu", "cuda")
@@ -22,7 +22,7 @@ class Torch:
     def probe(self, request: KernelRequest) -> Verdict:
         """Accepts every operation of the contract at priority 0, so that any specialised kernel wins over it."""
         for what, given, allowed in (
-            ("operation", request.operation, OPERATIONS),
+            ("operation", request.operation, (*OPERATIONS, *GENERATION)),
             ("device", request.device, DEVICES),
             ("dtype", request.dtype, DTYPES),
         ):
@@ -37,7 +37,7 @@ class Torch:
 
         import torch
 
-        from nanovllm_kernels import torch_attention, torch_loss, torch_ops
+        from nanovllm_kernels import torch_attention, torch_loss, torch_ops, torch_paged
 
         operations: dict[str, Callable[..., Any]] = {
             "embedding": partial(torch_ops.embedding, dtype=getattr(torch, request.dtype)),
@@ -48,6 +48,7 @@ class Torch:
             "swiglu": torch_ops.swiglu,
             "gelu": torch_ops.gelu,
             "attention": torch_attention.attention,
+            "paged_attention": torch_paged.paged_attention,
             "linear_cross_entropy": torch_loss.linear_cross_entropy,
         }
         return operations[request.operation]

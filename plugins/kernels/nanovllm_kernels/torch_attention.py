@@ -1,4 +1,4 @@
-"""Attention over packed documents and over a KV cache, through torch's scaled_dot_product_attention.
+"""Attention over packed documents, through torch's scaled_dot_product_attention.
 
 Documents are laid as rows of a batch: at once when all have one length (no copy), else in groups of like length,
 padded at the end to the longest of the group. A causal query never sees what comes after it, so the padding needs no
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from nanovllm_core.contracts import KV, Batch
+from nanovllm_core.contracts import Batch
 from nanovllm_kernels.torch_causal import BlockwiseCausal
 
 ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -27,39 +27,12 @@ COMMON = 256  # lengths that are multiples of this are met again
 SLACK = 8  # lengths of a group differ by 8 tokens or by an eighth
 
 
-def attention(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, kv: KV | None = None, window: int | None = None
-) -> Tensor:
-    """Causal attention within each document, [T, N, H]; with `kv`, one new token a sequence over all before it.
+def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, window: int | None = None) -> Tensor:
+    """Causal attention within each document, [T, N, H].
 
     With `window` a token sees itself and the window - 1 tokens before it (Child et al., 2019; Jiang et al., 2023).
     """
-    if kv is not None:
-        cached = kv.update(k_TKH, v_TKH, batch)
-        if cached is not None:
-            return decode(q_TNH, *cached, batch, window)
     return documents(q_TNH, k_TKH, v_TKH, batch.lengths, window)
-
-
-def decode(q_BNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, batch: Batch, window: int | None) -> Tensor:
-    """One query a sequence. The G = N / K query heads of a key head stand as G query rows, so nothing is repeated."""
-    b, n, h = q_BNH.shape
-    s, kv_heads = k_BSKH.shape[1:3]
-    first, mask = 0, None
-    # On a CPU looking costs nothing and a mask costs a slower kernel; on a GPU looking would wait for the device.
-    shortest = int(batch.positions.min()) + 1 if q_BNH.device.type == "cpu" else 0
-    if window is not None:
-        first = max(0, shortest - window)
-    if shortest < s:
-        reach_S, last_B1 = torch.arange(first, s, device=q_BNH.device), batch.positions[:, None]
-        mask = reach_S <= last_B1
-        if window is not None:
-            mask &= reach_S > last_B1 - window
-        mask = mask[:, None, None, :]
-    q_BKGH = q_BNH.view(b, kv_heads, n // kv_heads, h)
-    k_BKSH, v_BKSH = (x[:, first:].transpose(1, 2) for x in (k_BSKH, v_BSKH))
-    o_BKGH = scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=mask)
-    return o_BKGH.reshape(b, n, h)
 
 
 def documents(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:

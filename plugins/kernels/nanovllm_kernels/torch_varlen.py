@@ -34,7 +34,7 @@ class TorchVarlen:
 
     @hookimpl
     def load(self, request: KernelRequest) -> Callable[..., Any]:
-        """`attention(q, k, v, batch, kv, window)`."""
+        """`attention(q, k, v, batch, window)`."""
         from functools import partial
 
         from nanovllm_kernels import packed_attention

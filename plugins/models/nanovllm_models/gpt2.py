@@ -88,7 +88,7 @@ class _Attention(nn.Module):
     def forward(self, x_TC: Tensor, batch: Batch, kv: KV | None) -> Tensor:
         fused = self.ops.linear(x_TC, self.c_attn.weight.t(), self.c_attn.bias)
         q_TNH, k_TNH, v_TNH = fused.view(len(x_TC), 3, self.heads, -1).unbind(1)
-        o_TNH = self.ops.attention(q_TNH, k_TNH, v_TNH, batch, kv)
+        o_TNH = self.ops.attend(q_TNH, k_TNH, v_TNH, batch, kv)
         return self.ops.linear(o_TNH.flatten(1), self.c_proj.weight.t(), self.c_proj.bias)
 
 

@@ -118,7 +118,7 @@ class _Attention(nn.Module):
             q_TNH, k_TKH = ops.norm_rotary(q_TNH, k_TKH, *norms, self.eps, cos_TH, sin_TH)
         else:
             q_TNH, k_TKH = ops.rotary(q_TNH, k_TKH, cos_TH, sin_TH)
-        o_TNH = ops.attention(q_TNH, k_TKH, v_TKH, batch, kv, self.window)
+        o_TNH = ops.attend(q_TNH, k_TKH, v_TKH, batch, kv, self.window)
         return ops.linear(o_TNH.flatten(1), self.o_proj.weight, self.o_proj.bias)
 
 

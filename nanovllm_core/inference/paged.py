@@ -1,0 +1,93 @@
+"""Running a model over pages: the memory of keys and values, and the batch that tells where each token's stand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as Many
+
+import torch
+from torch import Tensor
+
+from nanovllm_core.contracts import KV, Batch, Module, Paging, Shape
+from nanovllm_core.inference.pages import PagePool
+from nanovllm_core.inference.scheduler import Part
+
+
+def page_bytes(shape: Shape, size: int, dtype: str) -> int:
+    """Memory of one page of all blocks."""
+    return 2 * shape.layers * size * shape.kv_heads * shape.head_dim * (4 if dtype == "float32" else 2)
+
+
+class PagedRunner:
+    """The parts of a plan through the model."""
+
+    def __init__(self, module: Module, shape: Shape, pool: PagePool, device: str) -> None:
+        self.module, self.pool, self.device = module, pool, device
+        size = (pool.count, pool.size, shape.kv_heads, shape.head_dim)
+        dtype = getattr(torch, module.ops.dtype)
+        # zeros: what a mask leaves out must be finite. On a CPU the system gives the memory when it is first written.
+        self.kv = [KV(*(torch.zeros(size, dtype=dtype, device=device) for _ in "kv")) for _ in module.blocks]
+
+    def forward(self, parts: Many[Part]) -> Tensor:
+        """The logits [n, V] after each part that reaches its sequence's end, in order."""
+        tokens: list[int] = []
+        select: list[int] = []
+        for part in parts:
+            tokens += part.sequence.tokens(part.first, part.last)
+            if part.ends:
+                select.append(len(tokens) - 1)
+        batch = paged_batch(
+            [part.last - part.first for part in parts],
+            [part.last for part in parts],
+            [part.sequence.pages for part in parts],
+            self.pool.size,
+            select,
+            self.device,
+        )
+        return self.module(torch.tensor(tokens).to(self.device), batch, kv=self.kv)
+
+    def copy(self, source: int, target: int) -> None:
+        """A page's keys and values to another."""
+        for kv in self.kv:
+            for pages in (kv.k_PSKH, kv.v_PSKH):
+                pages[target] = pages[source]
+
+    def left(self, row: int, last: int) -> None:
+        """Nothing stands in rows here."""
+
+
+def paged_batch(
+    lengths: Many[int],
+    contexts: Many[int],
+    pages: Many[Many[int]],
+    size: int,
+    select: Many[int] | None = None,
+    device: str = "cpu",
+) -> Batch:
+    """The newest `lengths` tokens of sequences that then have `contexts` tokens, in these pages of `size` tokens each."""
+    used = [list(own[: -(-context // size)]) for own, context in zip(pages, contexts, strict=True)]
+    width = max(map(len, used))
+    positions: list[int] = []
+    places: list[int] = []
+    for own, length, context in zip(used, lengths, contexts, strict=True):
+        new = range(context - length, context)
+        positions += new
+        places += [own[at // size] * size + at % size for at in new]
+    return Batch(
+        positions=torch.tensor(positions).to(device),
+        lengths=tuple(lengths),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
+        select=None if select is None else torch.tensor(select, dtype=torch.int64).to(device),
+        paging=Paging(
+            contexts=tuple(contexts),
+            contexts_D=torch.tensor(contexts, dtype=torch.int32).to(device),
+            tables_DP=torch.tensor([own + [0] * (width - len(own)) for own in used], dtype=torch.int32).to(device),
+            runs=tuple(own[0] if own[-1] - own[0] == len(own) - 1 and _follow(own) else -1 for own in used),
+            places_T=torch.tensor(places).to(device),
+        ),
+    )
+
+
+def _follow(pages: Many[int]) -> bool:
+    """Whether pages stand one after the other in memory."""
+    return all(b == a + 1 for a, b in itertools.pairwise(pages))

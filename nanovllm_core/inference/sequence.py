@@ -1,0 +1,106 @@
+"""One answer while it is made: its tokens, where it stands, when it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from typing import Any
+
+import torch
+from attrs import define, field
+
+from nanovllm_core.contracts import Tokenizer
+from nanovllm_core.errors import GenerationError
+from nanovllm_core.inference.params import SamplingParams
+from nanovllm_core.inference.stopping import StopTexts
+
+Prompt = str | Many[int]
+
+
+@define(eq=False)
+class Sequence:
+    """One answer: prompt and generated tokens, and what the engine keeps of them."""
+
+    prompt: list[int]
+    params: SamplingParams
+    room: int  # most tokens it may get: max_tokens, or what the model's length leaves
+    stops: StopTexts
+    number: int = 0  # of the prompt among those asked together
+    index: int = 0  # of the answers to it
+    like: Sequence | None = None  # answers the same prompt, and is to be read first
+    ids: list[int] = field(factory=list)
+    logprobs: list[dict[str, Any]] = field(factory=list)
+    text: str | None = None  # set when a stop text was met
+    finish_reason: str | None = None
+    error: Exception | None = None  # that ended it
+    computed: int = 0  # tokens whose keys and values are in the pages
+    pages: list[int] = field(factory=list)
+    keys: list[bytes] = field(factory=list)  # of its full pages that are computed
+    advanced: Callable[[], None] | None = None  # called when it got a token or is over
+    generator: torch.Generator = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.generator = self.params.generator()
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.ids)
+
+    def tokens(self, first: int, last: int) -> list[int]:
+        """Tokens first to last - 1 of prompt and answer."""
+        n = len(self.prompt)
+        if first >= n:
+            return self.ids[first - n : last - n]
+        return self.prompt[first:last] if last <= n else self.prompt[first:] + self.ids[: last - n]
+
+    def take(self, token: int, stop_ids: Many[int]) -> None:
+        """Append a token and see whether the answer is over."""
+        self.ids.append(token)
+        if token in self.params.stop_token_ids or (token in stop_ids and not self.params.ignore_eos):
+            self.finish_reason = "stop"
+            return
+        self.text = self.stops.found(self.ids)
+        if self.text is not None:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self.room:
+            self.finish_reason = "length"
+
+    def output(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The answer as the caller gets it."""
+        ended = self.finish_reason == "stop" and self.text is None  # by a stop id, which is no text
+        text = tokenizer.decode(self.ids[:-1] if ended else self.ids) if self.text is None else self.text
+        found: dict[str, Any] = {"text": text, "token_ids": self.ids, "finish_reason": self.finish_reason}
+        return found if self.params.logprobs is None else {**found, "logprobs": self.logprobs}
+
+
+def answers_to(
+    prompts: Many[Prompt], params: Many[SamplingParams], tokenizer: Tokenizer, max_len: int
+) -> list[list[Sequence]]:
+    """The `n` sequences that answer each prompt: a text, which gets the tokenizer's prefix, or token ids as they are.
+
+    max_len: positions that prompt and answer may fill together. Raises GenerationError where a prompt cannot be answered.
+    """
+    texts = iter(tokenizer.encode([p for p in prompts if isinstance(p, str)]))
+    found = []
+    for number, (prompt, given) in enumerate(zip(prompts, params, strict=True)):
+        ids = [*tokenizer.prefix_ids, *next(texts)] if isinstance(prompt, str) else list(prompt)
+        _check(number, ids, tokenizer, max_len)
+        room = min(given.max_tokens, max_len - len(ids))
+        sequences = list[Sequence]()
+        for i in range(given.n):
+            like = sequences[0] if sequences else None
+            sequences.append(Sequence(ids, given.single(i), room, StopTexts(tokenizer, given.stop), number, i, like))
+        found.append(sequences)
+    return found
+
+
+def _check(number: int, ids: list[int], tokenizer: Tokenizer, max_len: int) -> None:
+    if not ids:
+        raise GenerationError(f"prompt {number}: is empty; give some text")
+    wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < tokenizer.vocab_size]
+    if wrong:
+        raise GenerationError(f"prompt {number}: got token id {wrong[0]!r}, allowed: 0 to {tokenizer.vocab_size - 1}")
+    if len(ids) >= max_len:
+        raise GenerationError(
+            f"prompt {number}: has {len(ids)} tokens, {len(ids) - max_len + 1} too many: prompt and answer share "
+            f"{max_len} positions, and an answer needs at least one"
+        )
