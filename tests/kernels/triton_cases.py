@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attrs import evolve
 from nanovllm_kernels.triton import SOURCES, Triton
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nanovllm_core.contracts import Accept, KernelRequest, Refuse
-from nanovllm_core.testing.kernel_calls import Answer, Call, answer, calls, defined, poisoned, share, strided
+from nanovllm_core.contracts import GENERATION, KV, Accept, KernelRequest, Refuse
+from nanovllm_core.testing.kernel_caches import CASES, Case, paged_call
+from nanovllm_core.testing.kernel_calls import Answer, Call, answer, bits, calls, defined, poisoned, share, strided
 from nanovllm_core.testing.kernel_cases import SHAPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRAINED = [o for o in SOURCES if o not in GENERATION]
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}  # shares of the largest value; the interpreter's casts to bf16 truncate
 
 
@@ -41,7 +44,7 @@ def as_defined(operation: str, call: Call) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("operation", SOURCES)
+@pytest.mark.parametrize("operation", TRAINED)
 def test_outputs_and_gradients_are_those_of_the_definition(operation: str, dtype: str) -> None:
     """New memory holds NaN until it is written; one token, none, and more than a program's rows."""
     request, function = request_for(operation, dtype), Triton().load(request_for(operation, dtype))
@@ -52,7 +55,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(operation: str, dtype
             same(found, defined(operation, call, call.leaves), dtype, (call.label, lengths))
 
 
-@pytest.mark.parametrize("operation", [o for o in SOURCES if o not in ("linear", "linear_cross_entropy")])
+@pytest.mark.parametrize("operation", [o for o in TRAINED if o not in ("linear", "linear_cross_entropy")])
 def test_inputs_may_be_parts_of_wider_rows(operation: str) -> None:
     call = calls(request_for(operation), (5, 2))[0]
     for i in call.activations:
@@ -75,7 +78,7 @@ def test_a_target_that_there_is_not_makes_no_number() -> None:
     assert answer(Triton().load(request_for("linear_cross_entropy")), call, ()).outputs[0].isnan()
 
 
-@pytest.mark.parametrize("operation", SOURCES)
+@pytest.mark.parametrize("operation", TRAINED)
 def test_no_gradient_of_a_gradient_is_made_up(operation: str) -> None:
     """They are not implemented, and say so."""
     call = calls(request_for(operation), (5,))[0]
@@ -178,3 +181,21 @@ def test_refuses_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         refused = probe(KernelRequest(**asked | change))
         assert isinstance(refused, Refuse)
         assert reason in refused.why
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "shape", "window"), [("float32", 0, None), ("bfloat16", 1, 5), ("float32", 3, 64), ("float32", 2, 1)]
+)
+def test_pages(dtype: str, shape: int, window: int | None, case: Case) -> None:
+    """Beside the definition, in new memory that holds NaN; a past that is split among programs is among the cases."""
+    request = KernelRequest(
+        operation="paged_attention", device=DEVICE, dtype=dtype, shape=SHAPES[shape], training=False
+    )
+    call, kv = paged_call(request, case)
+    more, theirs, right = {"window": window}, *(KV(kv.k_PSKH.clone(), kv.v_PSKH.clone()) for _ in range(2))
+    with poisoned():
+        found = answer(Triton().load(request), evolve(call, args=[*call.args, theirs], kwargs=more), ())
+    same(found, defined("paged_attention", evolve(call, args=[*call.args, right], kwargs=more), ()), dtype, case)
+    assert torch.equal(bits(theirs.k_PSKH), bits(right.k_PSKH))
+    assert torch.equal(bits(theirs.v_PSKH), bits(right.v_PSKH))

@@ -25,12 +25,13 @@ SOURCES = {
     "swiglu_linear": "triton_swiglu",
     "gelu": "triton_gelu",
     "linear_cross_entropy": "triton_loss",
+    "paged_attention": "triton_paged",
 }
 
 
 @frozen(kw_only=True, eq=False)
 class Triton:
-    """Norms, rotation, SwiGLU, GELU, projections and the loss in few passes, on CUDA."""
+    """Norms, rotation, SwiGLU, GELU, projections, the loss in few passes, and attention over pages, on CUDA."""
 
     @hookimpl
     def probe(self, request: KernelRequest) -> Verdict:

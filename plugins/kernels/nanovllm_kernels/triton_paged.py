@@ -1,0 +1,182 @@
+"""Attention of sequences in generation over their pages, in Triton: each key and value is read once a token that is drawn.
+
+A tile is some new tokens of a sequence with all query heads of one key head, so that a key read serves them all; the softmax
+goes along with the keys (Milakov & Gimelshein, 2018; Dao et al., 2022). A single new token has few rows, so its past is
+split among programs and their parts are joined by a second kernel (flash decoding: Dao et al., 2023). Nothing on the host
+depends on what the device holds but the longest context, which settles the number of parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm_core.contracts import KV, Batch
+from nanovllm_kernels.torch_attention import documents
+from nanovllm_kernels.triton_launch import ON_CPU, processors, rows_of
+
+ROWS = 16  # fewest of a tile: what tensor cores take
+TOKENS = 64  # rows of a tile of a prompt
+KEYS = 64  # of a step
+WAVES = 4  # programs per processor that decoding aims at
+FEWEST = 256  # keys that are worth a program
+MOST_PARTS = 32
+
+
+@triton.jit(do_not_specialize=["k_stride", "v_stride"])
+def _write(k_ptr, v_ptr, place_ptr, k_page_ptr, v_page_ptr, k_stride, v_stride,
+           WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    place = tl.load(place_ptr + token) * WIDTH + column
+    inside = column < WIDTH
+    k, v = tl.load(k_ptr + token * k_stride + column, inside), tl.load(v_ptr + token * v_stride + column, inside)
+    tl.store(k_page_ptr + place, k.to(k_page_ptr.dtype.element_ty), inside)
+    tl.store(v_page_ptr + place, v.to(v_page_ptr.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["first", "q_stride", "table_stride", "window"])
+def _attend(q_ptr, k_page_ptr, v_page_ptr, table_ptr, context_ptr, start_ptr, out_ptr, part_ptr, sums_ptr,
+            first, q_stride, table_stride, scale, window,
+            HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+            TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr,
+            PRECISION: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    document, kv_head = first + tl.program_id(0), tl.program_id(1)
+    tile, part = tl.program_id(2) // PARTS, tl.program_id(2) % PARTS
+    begin = tl.load(start_ptr + document)
+    length = tl.load(start_ptr + document + 1) - begin
+    context = tl.load(context_ptr + document)
+    if tile * TOKENS < length:
+        row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+        token = tile * TOKENS + row // GROUP
+        known = (token < length) & (row < TOKENS * GROUP)
+        at = context - length + token  # the position of each row's token
+        head = kv_head * GROUP + row % GROUP
+        q_place = (begin + token).to(tl.int64)[:, None] * q_stride + head[:, None] * SIZE + column[None, :]
+        q = tl.load(q_ptr + q_place, known[:, None] & (column < SIZE)[None, :], 0.0)
+        if WIDE:
+            q = q.to(tl.float32)
+        end = tl.minimum(context, context - length + (tile + 1) * TOKENS)
+        low = 0
+        if WINDOW:
+            low = tl.maximum(0, context - length + tile * TOKENS + 1 - window) // KEYS * KEYS
+        share = tl.cdiv(tl.cdiv(end - low, PARTS), KEYS) * KEYS
+        low = low + part * share
+        end = tl.minimum(end, low + share)
+        largest = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        found = tl.zeros([ROWS, BLOCK], tl.float32)
+        for key in range(low, end, KEYS):
+            position = key + tl.arange(0, KEYS)
+            there = position < end
+            page = tl.load(table_ptr + document * table_stride + position // PAGE, there, 0).to(tl.int64)
+            place = (page * PAGE + position % PAGE) * (HEADS * SIZE) + kv_head * SIZE
+            inside = there[:, None] & (column < SIZE)[None, :]
+            k = tl.load(k_page_ptr + place[:, None] + column[None, :], inside, 0.0)
+            v = tl.load(v_page_ptr + place[:, None] + column[None, :], inside, 0.0)
+            if WIDE:
+                k, v = k.to(tl.float32), v.to(tl.float32)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            seen = there[None, :] & (position[None, :] <= at[:, None])
+            if WINDOW:
+                seen = seen & (position[None, :] > at[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+            now = tl.maximum(largest, tl.max(scores, 1))
+            safe = tl.where(now == float("-inf"), 0.0, now)  # a row that has seen nothing yet
+            weights = tl.exp2(scores - safe[:, None])
+            fade = tl.exp2(largest - safe)
+            total = total * fade + tl.sum(weights, 1)
+            found = found * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            largest = now
+        if PARTS == 1:
+            found = found / tl.where(known, total, 1.0)[:, None]
+            o_place = ((begin + token).to(tl.int64) * (HEADS * GROUP) + head)[:, None] * SIZE + column[None, :]
+            tl.store(out_ptr + o_place, found.to(out_ptr.dtype.element_ty), known[:, None] & (column < SIZE)[None, :])
+        else:  # one token a document
+            to = (tl.program_id(0).to(tl.int64) * (HEADS * GROUP) + head) * PARTS + part
+            tl.store(part_ptr + to[:, None] * SIZE + column[None, :], found, known[:, None] & (column < SIZE)[None, :])
+            tl.store(sums_ptr + to * 2, largest, known)
+            tl.store(sums_ptr + to * 2 + 1, total, known)
+
+
+@triton.jit
+def _join(part_ptr, sums_ptr, out_ptr,
+          SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part, column = tl.arange(0, LANES), tl.arange(0, BLOCK)
+    there = part < PARTS
+    largest = tl.load(sums_ptr + (row * PARTS + part) * 2, there, float("-inf"))
+    total = tl.load(sums_ptr + (row * PARTS + part) * 2 + 1, there, 0.0)
+    weight = tl.exp2(largest - tl.max(largest, 0))
+    place = (row * PARTS + part)[:, None] * SIZE + column[None, :]
+    found = tl.load(part_ptr + place, there[:, None] & (column < SIZE)[None, :], 0.0)
+    out = tl.sum(found * weight[:, None], 0) / tl.sum(total * weight, 0)
+    tl.store(out_ptr + row * SIZE + column, out.to(out_ptr.dtype.element_ty), column < SIZE)
+
+
+def paged_attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, kv: KV, window: int | None = None
+) -> Tensor:
+    """As `contracts.Ops.paged_attention`, [T, N, H]. Single new tokens come before the parts of prompts."""
+    paging = batch.paging
+    assert paging is not None
+    k_rows, v_rows = (rows_of(x.flatten(1)) for x in (k_TKH, v_TKH))
+    width = k_rows.shape[1]
+    _write[(len(k_rows),)](
+        k_rows, v_rows, paging.places_T, kv.k_PSKH, kv.v_PSKH, k_rows.stride(0), v_rows.stride(0), WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+    )  # fmt: skip
+    if paging.contexts == batch.lengths:
+        return documents(q_TNH, k_TKH, v_TKH, batch.lengths, window)
+    out = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+    q_TNH = q_TNH if q_TNH[0].is_contiguous() else q_TNH.contiguous()
+    ones = next((d for d, length in enumerate(batch.lengths) if length != 1), len(batch.lengths))
+    if ones:
+        _run(q_TNH, batch, kv, out, window, 0, ones, 1)
+    if ones < len(batch.lengths):
+        _run(q_TNH, batch, kv, out, window, ones, len(batch.lengths), max(batch.lengths[ones:]))
+    return out
+
+
+def _run(
+    q_TNH: Tensor, batch: Batch, kv: KV, out_TNH: Tensor, window: int | None, first: int, last: int, longest: int
+) -> None:
+    """Documents first to last - 1, of at most `longest` new tokens each."""
+    paging = batch.paging
+    assert paging is not None
+    _, n, size = q_TNH.shape
+    _, page, heads, _ = kv.k_PSKH.shape
+    group, documents_here = n // heads, last - first
+    tokens = 1 if longest == 1 else max(1, TOKENS // group)
+    parts = _parts(documents_here * heads, max(paging.contexts[first:last]), q_TNH.device) if longest == 1 else 1
+    several = parts > 1
+    part = torch.empty((documents_here * n, parts, size) if several else 1, dtype=torch.float32, device=q_TNH.device)
+    sums = torch.empty((documents_here * n, parts, 2) if several else 1, dtype=torch.float32, device=q_TNH.device)
+    block = max(16, triton.next_power_of_2(size))
+    _attend[(documents_here, heads, triton.cdiv(longest, tokens) * parts)](
+        q_TNH, kv.k_PSKH, kv.v_PSKH, paging.tables_DP, paging.contexts_D, batch.cu_seqlens, out_TNH, part, sums,
+        first, q_TNH.stride(0), paging.tables_DP.stride(0), size**-0.5 * 1.4426950408889634, window or 0,
+        HEADS=heads, GROUP=group, SIZE=size, BLOCK=block, PAGE=page, TOKENS=tokens,
+        ROWS=max(ROWS, triton.next_power_of_2(tokens * group)), KEYS=KEYS, PARTS=parts, WINDOW=window is not None,
+        PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
+        WIDE=q_TNH.device.type == "cpu",  # the interpreter's products know no bf16
+    )  # fmt: skip
+    if several:
+        rows: Any = out_TNH[first : first + documents_here]  # one token each
+        _join[(documents_here * n,)](
+            part, sums, rows, SIZE=size, BLOCK=block, PARTS=parts, LANES=triton.next_power_of_2(parts)
+        )
+
+
+def _parts(tiles: int, longest: int, device: torch.device) -> int:
+    """Into how many parts the past of single tokens is split: a power of two, as each is compiled for."""
+    wanted = WAVES * processors(device) if device.type == "cuda" else ON_CPU * 4
+    most = min(MOST_PARTS, triton.cdiv(longest, FEWEST if device.type == "cuda" else KEYS))
+    parts = 1
+    while 2 * parts <= most and parts * tiles < wanted:
+        parts *= 2
+    return parts
