@@ -56,6 +56,7 @@ class Driver:
         pieces = [Pieces(s, self.engine.tokenizer) for s in sequences]
         for _ in self.run(sequences):
             yield from _told(pieces)
+        yield from _told(pieces)  # another caller may have driven to the end
 
     # ------------------------------------------------------------ for those who await
 
@@ -68,7 +69,7 @@ class Driver:
         pieces = [Pieces(s, self.engine.tokenizer) for s in sequences[0]]
         try:
             self._leave(lambda: self.engine.enqueue(sequences[0]))
-            while any(s.finish_reason is None for s in sequences[0]):
+            while not all(piece.over for piece in pieces):  # told, not only made: the thread is ahead
                 await news.wait()
                 news.clear()
                 for piece in _told(pieces):

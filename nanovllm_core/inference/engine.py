@@ -115,8 +115,7 @@ class Engine:
         for sequence in answered:
             if sequence.finish_reason is not None:
                 self._remove(sequence)
-            if sequence.advanced is not None:
-                sequence.advanced()
+            sequence.show()
         return answered
 
     def abort(self, sequence: Sequence) -> None:
@@ -124,8 +123,7 @@ class Engine:
         if sequence.finish_reason is None:
             sequence.finish_reason = "abort"
             self._remove(sequence)
-            if sequence.advanced is not None:
-                sequence.advanced()
+            sequence.show()
 
     def fail(self, error: Exception) -> None:
         """End all answers with an error."""

@@ -37,6 +37,7 @@ class Sequence:
     pages: list[int] = field(factory=list)
     keys: list[bytes] = field(factory=list)  # of its full pages that are computed
     advanced: Callable[[], None] | None = None  # called when it got a token or is over
+    shown: tuple[int, str | None] = (0, None)  # tokens, and why it is over: what other threads may read of it
     generator: torch.Generator = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -63,6 +64,12 @@ class Sequence:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.room:
             self.finish_reason = "length"
+
+    def show(self) -> None:
+        """Let other threads see the token that it got, or that it is over, as one."""
+        self.shown = len(self.ids), self.finish_reason
+        if self.advanced is not None:
+            self.advanced()
 
     def output(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """The answer as the caller gets it."""

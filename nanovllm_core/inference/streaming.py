@@ -17,7 +17,7 @@ class Pieces:
         self._growing = GrowingText(tokenizer)
         self._told = ""
         self._tokens = 0  # that were told
-        self._over = False
+        self.over = False  # the last piece was told
 
     def more(self) -> dict[str, Any] | None:
         """What is new: `prompt`, `index` of the answer to it, `text`, `token_ids`, `finish_reason` (None before the last),
@@ -26,14 +26,15 @@ class Pieces:
         A part of a character, and what may be the beginning of a stop text, wait. All texts together are the answer's.
         """
         s = self.sequence
-        if self._over or (self._tokens == len(s.ids) and s.finish_reason is None):
+        count, reason = s.shown  # a thread may be adding to the rest
+        if self.over or (self._tokens == count and reason is None):
             return None
-        ids = s.ids[self._tokens :]
-        if s.finish_reason is not None:
-            self._over = True
+        ids = s.ids[self._tokens : count]
+        if reason is not None:
+            self.over = True
             text = s.output(self.tokenizer)["text"]
         else:
-            self._growing.grow(s.ids)
+            self._growing.grow(s.ids[:count])
             text = self._growing.text
             text = text[: len(text) - s.stops.held_back(text)]
         piece: dict[str, Any] = {
@@ -41,9 +42,9 @@ class Pieces:
             "index": s.index,
             "text": text[len(self._told) :],
             "token_ids": ids,
-            "finish_reason": s.finish_reason,
+            "finish_reason": reason,
         }
         if s.params.logprobs is not None:
-            piece["logprobs"] = s.logprobs[self._tokens :]
-        self._told, self._tokens = text if len(text) > len(self._told) else self._told, len(s.ids)
+            piece["logprobs"] = s.logprobs[self._tokens : count]
+        self._told, self._tokens = text if len(text) > len(self._told) else self._told, count
         return piece
