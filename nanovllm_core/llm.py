@@ -7,17 +7,19 @@ from os import PathLike, fspath
 from types import MappingProxyType
 from typing import Any, Literal, overload
 
+from attrs import evolve
+
 from nanovllm_core.assemble import assemble, tokenizer_of
 from nanovllm_core.chat import chat_ids
+from nanovllm_core.contracts import Shape
 from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.driving import Driver
 from nanovllm_core.inference.engine import PAGE, Engine
 from nanovllm_core.inference.paged import page_bytes
 from nanovllm_core.inference.params import SamplingParams
 from nanovllm_core.inference.sequence import Sequence as Answer
+from nanovllm_core.llm_ranks import Ranks, local_shape, planned
 from nanovllm_core.machine import Machine, host_memory
-from nanovllm_core.plan_model import plan_model
-from nanovllm_core.recipe import Recipe
 from nanovllm_core.registry import Registry
 
 Prompt = str | Sequence[int]
@@ -39,7 +41,8 @@ class LLM:
     batch_size: answers made at once; None: 256 on a GPU, 64 on a CPU
     gpu_memory_utilization: share of a GPU's memory that weights and cache may fill
     kv_cache_tokens: room of the cache; None: what memory allows. On a CPU memory is taken as the cache fills
-    tensor_parallel_size: 1; more is not built yet
+    tensor_parallel_size: processes that hold the model together, each with a slice of every matrix and a GPU, or a share of the
+        CPU's cores; this one starts the others, which end with it, or with `close`. Components come from the environment then
     enforce_eager: True; on a GPU decoding by CUDA graphs is not built yet, and nothing changes
 
     Raises RefusedError or ModelError when the folder cannot be used.
@@ -63,42 +66,53 @@ class LLM:
     ) -> None:
         if dtype not in PRECISION:
             raise GenerationError(f"LLM: dtype: got {dtype!r}, allowed: {', '.join(PRECISION)}")
-        if tensor_parallel_size != 1:
+        if tensor_parallel_size > 1 and (registry is not None or machine is not None):
             raise GenerationError(
-                f"LLM: tensor_parallel_size: got {tensor_parallel_size!r}, allowed: 1 (more is not built yet)"
+                "LLM: tensor_parallel_size: the other processes know no registry and machine of yours; leave them out"
             )
         if not 0 < gpu_memory_utilization <= 1:
             raise GenerationError(
                 f"LLM: gpu_memory_utilization: got {gpu_memory_utilization!r}, allowed: above 0 and at most 1"
             )
-        for name, value in (("batch_size", batch_size), ("kv_cache_tokens", kv_cache_tokens)):
+        for name, value in (
+            ("batch_size", batch_size), ("kv_cache_tokens", kv_cache_tokens), ("tensor_parallel_size", tensor_parallel_size)
+        ):  # fmt: skip
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise GenerationError(f"LLM: {name}: got {value!r}, allowed: None, or 1 and more")
-        recipe = Recipe.from_data(
-            {
-                "model": {**(model if isinstance(model, Mapping) else {"use": model}), "path": fspath(path)},
-                "kernels": kernels,
-                "train": {"mixed_precision": PRECISION[dtype]},
-            }
-        )
+                raise GenerationError(f"LLM: {name}: got {value!r}, allowed: 1 and more")
+        recipe = {
+            "model": {**(model if isinstance(model, Mapping) else {"use": model}), "path": fspath(path)},
+            "kernels": kernels,
+            "train": {"mixed_precision": PRECISION[dtype]},
+        }
         self.machine = machine or Machine.detect()
-        self.plan = plan_model(recipe, registry or Registry.from_environment(), self.machine, training=False)
+        if tensor_parallel_size > 1:
+            self.machine = evolve(self.machine, world_size=tensor_parallel_size)
+        self.plan = planned(recipe, registry or Registry.from_environment(), self.machine)
         limit = self.plan.shape.max_positions
         if max_model_len is not None and not 1 <= max_model_len <= limit:
             raise GenerationError(f"LLM: max_model_len: got {max_model_len}, the model takes 1 to {limit}")
         self.tokenizer = tokenizer_of(self.plan, lambda: ())
-        self.module = assemble(self.plan, self.machine.device, seed=0, training=False).module
+        device, size = self.machine.device, tensor_parallel_size
+        self._ranks = Ranks.start(recipe, size) if size > 1 else None
+        mesh = self._ranks.mesh(device) if self._ranks else None
+        self.module = assemble(self.plan, device, seed=0, training=False, mesh=mesh).module
+        shape = local_shape(self.plan.shape, size)
         self.batch_size = batch_size or MOST[self.machine.device]
-        room = kv_cache_tokens or self._room(gpu_memory_utilization)
+        room = kv_cache_tokens or self._room(gpu_memory_utilization, shape, size)
         pages = -(-min(room, self.batch_size * limit) // PAGE)
         self.max_model_len = max_model_len or min(limit, pages * PAGE)
         self.engine = Engine(
-            self.module, self.tokenizer, self.plan.shape, self.machine.device,
-            max_len=self.max_model_len, pages=pages, most=self.batch_size,
+            self.module, self.tokenizer, shape, device,
+            max_len=self.max_model_len, pages=pages, most=self.batch_size, group=self._ranks.group if self._ranks else None,
         )  # fmt: skip
         self._driver = Driver(self.engine)
 
-    def _room(self, share: float) -> int:
+    def close(self) -> None:
+        """End the other processes of tensor_parallel_size; nothing can be generated afterwards."""
+        if self._ranks is not None:
+            self._ranks.end()
+
+    def _room(self, share: float, shape: Shape, ranks: int) -> int:
         """Tokens that the memory has room for beside the weights, at least one page."""
         if self.machine.device == "cuda":
             import torch
@@ -106,8 +120,8 @@ class LLM:
             free, total = torch.cuda.mem_get_info()
             spare = int(free - (1 - share) * total - 0.05 * total)  # the last: what a forward needs
         else:
-            spare = int(HOST_SHARE * host_memory())
-        return max(PAGE, PAGE * (spare // max(1, page_bytes(self.plan.shape, PAGE, self.plan.dtype))))
+            spare = int(HOST_SHARE * host_memory()) // ranks
+        return max(PAGE, PAGE * (spare // max(1, page_bytes(shape, PAGE, self.plan.dtype))))
 
     @overload
     def generate(

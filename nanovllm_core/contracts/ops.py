@@ -72,6 +72,8 @@ class Ops:
     attention: Callable[..., Tensor] = _operation("attention")
     paged_attention: Callable[..., Tensor] = _operation("paged_attention")
     linear_cross_entropy: Callable[..., Tensor] = _operation("linear_cross_entropy")
+    head: Callable[..., Tensor] | None = None
+    """what a strategy does in place of `logits`, where ranks hold parts of tokens and vocabulary."""
     joined: Mapping[str, Callable[..., Any]] = field(factory=dict)
     """of JOINED, those that a component does in one."""
 
@@ -82,6 +84,12 @@ class Ops:
         if kv is None:
             return self.attention(q_TNH, k_TKH, v_TKH, batch, window=window)
         return self.paged_attention(q_TNH, k_TKH, v_TKH, batch, kv, window=window)
+
+    def logits(self, x_TC: Tensor, weight_VC: Tensor, select: Tensor | None) -> Tensor:
+        """x @ weight.T of the selected tokens (None: of all), [n, V] in fp32."""
+        if self.head is not None:
+            return self.head(x_TC, weight_VC, select)
+        return self.linear(x_TC if select is None else x_TC[select], weight_VC, None).float()
 
     def norm_linear(
         self, x_TC: Tensor, more_TC: Tensor | None, norm_C: Tensor, eps: float, *matrices: Tensor | None

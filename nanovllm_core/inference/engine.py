@@ -9,7 +9,7 @@ is safe for several threads: see `driving`.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.paged import PagedRunner
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.params import SamplingParams
+from nanovllm_core.inference.ranks import leading
 from nanovllm_core.inference.rows import PREFILL, RowsRunner, WholeRunner
 from nanovllm_core.inference.sampling import draw
 from nanovllm_core.inference.scheduler import Part, Scheduler
@@ -53,9 +54,11 @@ class Engine:
         page_size: int = PAGE,
         most: int = 256,
         budget: int = BUDGET,
+        group: Any = None,
     ) -> None:
         """max_len: positions that prompt and answer may fill together; pages: of the cache, `page_size` tokens each;
-        most: answers that are made at once; budget: tokens of a forward, at least `most`.
+        most: answers that are made at once; budget: tokens of a forward, at least `most`; group: of the ranks that hold the model
+        together, which follow this one (`ranks.follow`).
 
         Raises GenerationError where an answer of `max_len` would not fit in the pages.
         """
@@ -73,7 +76,8 @@ class Engine:
                     "give the cache more memory"
                 )
             self.pool = PagePool(pages, page_size)
-            self.runner = PagedRunner(module, shape, self.pool, device)
+            runner = PagedRunner(module, shape, self.pool, device)
+            self.runner = runner if group is None else leading(runner, group)
         budget = PREFILL if self.pool is None else budget
         self.scheduler = Scheduler(self.pool, budget=max(budget, most), most=most)
 

@@ -36,14 +36,14 @@ class PagedRunner:
             tokens += part.sequence.tokens(part.first, part.last)
             if part.ends:
                 select.append(len(tokens) - 1)
-        batch = paged_batch(
-            [part.last - part.first for part in parts],
-            [part.last for part in parts],
-            [part.sequence.pages for part in parts],
-            self.pool.size,
-            select,
-            self.device,
-        )
+        lengths = [part.last - part.first for part in parts]
+        return self.run(tokens, lengths, [part.last for part in parts], [part.sequence.pages for part in parts], select)
+
+    def run(
+        self, tokens: Many[int], lengths: Many[int], contexts: Many[int], pages: Many[Many[int]], select: Many[int]
+    ) -> Tensor:
+        """The logits of the tokens `select`, of these new ones of sequences."""
+        batch = paged_batch(lengths, contexts, pages, self.pool.size, select, self.device)
         return self.module(torch.tensor(tokens).to(self.device), batch, kv=self.kv)
 
     def copy(self, source: int, target: int) -> None:

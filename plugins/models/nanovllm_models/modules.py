@@ -29,4 +29,4 @@ def logits_or_loss(ops: Ops, x_TC: Tensor, head_VC: Tensor, batch: Batch, target
     """With targets the summed loss, an fp32 scalar; else fp32 logits [n, V] of `batch.select`."""
     if targets_T is not None:
         return ops.linear_cross_entropy(x_TC, head_VC, targets_T)
-    return ops.linear(x_TC if batch.select is None else x_TC[batch.select], head_VC, None).float()
+    return ops.logits(x_TC, head_VC, batch.select)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
 from nanovllm_core.contracts import Module, Ops
-from nanovllm_core.errors import RefusedError
+from nanovllm_core.errors import NanoError, RefusedError
 from nanovllm_core.training.sharding import chunk
 from nanovllm_parallel.collectives import all_gather, reduce_scatter
 from nanovllm_parallel.vocab_loss import vocab_cross_entropy
@@ -87,6 +87,7 @@ class Sliced:
             rms_norm=self.rms_norm,
             layer_norm=self.layer_norm,
             linear_cross_entropy=self.linear_cross_entropy,
+            head=self.logits,
             joined={},  # they take whole weights
         )
 
@@ -127,6 +128,22 @@ class Sliced:
         # Every rank makes the whole loss: a share each, so that their gradients add up to one.
         loss = self.plain.linear_cross_entropy(x_TC, self._shared(weight), targets_T)
         return _There.apply(loss, _same, lambda grad: grad / self.size)
+
+    def logits(self, x: Tensor, weight: Tensor, select: Tensor | None) -> Tensor:
+        """Every rank gets all of them; no gradient goes back through the exchange of the vocabulary's parts."""
+        x_TC = self._gathered(x)
+        self.seen = None
+        if select is not None:
+            x_TC = x_TC[select]
+        if not _split_along(weight, 0):
+            return self.plain.linear(x_TC, self._shared(weight), None).float()
+        table, _ = self._slice(weight)
+        each = -(-weight.shape[0] // self.size)
+        mine = F.pad(self.plain.linear(x_TC, table, None).float(), (0, each - len(table)))
+        if mine.requires_grad:
+            raise NanoError("logits over tensor slices have no gradient; train with targets")
+        parts = _gather(mine, self.group, self.size).view(self.size, len(x_TC), each)
+        return parts.transpose(0, 1).flatten(1)[:, : weight.shape[0]]
 
     # ------------------------------------------------------------ parts
 
