@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from nanovllm_core import commands as do
 from nanovllm_core.errors import NanoError
+from nanovllm_core.generation import flags
 from nanovllm_core.launch import add_flags, add_nproc
 
 START = """\
@@ -25,6 +26,7 @@ start here:
   nanovllm explain demo/recipe.yaml       what a recipe would do: every choice and its reason
   nanovllm analyze my_documents           what a folder holds, and what would be skipped
   nanovllm generate demo/model --prompt "The"
+  nanovllm generate demo/model --file in.jsonl --out out.jsonl
   nanovllm plugins                        readers, tokenizers, models, ... that are installed
   nanovllm new readers NAME               a plugin of your own to edit, with its tests
 """
@@ -215,29 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.set_defaults(command=do.new)
 
-    generate = commands.add_parser("generate", help="continue prompts with a trained model")
-    generate.add_argument("folder", help="a run's output_dir, any model folder of a supported family, or a hub name")
-    generate.add_argument(
-        "--prompt", action="append", required=True, help="text to continue; may be given several times"
-    )
-    generate.add_argument("--max-tokens", type=int, default=128, help="longest answer (default: 128)")
-    generate.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: 0.7)")
-    generate.add_argument("--top-k", type=int, default=None, help="choose among the k likeliest (default: all)")
-    generate.add_argument(
-        "--top-p", type=float, default=0.95, help="choose among the likeliest that hold p together (default: 0.95)"
-    )
-    generate.add_argument("--seed", type=int, default=None, help="the same seed gives the same text")
-    generate.add_argument(
-        "--stop", action="append", default=[], help="end before this text; may be given several times"
-    )
-    generate.add_argument(
-        "--model", default="auto", help="who opens the folder, as in a recipe: NAME or {use: NAME, ...} (default: auto)"
-    )
-    generate.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
-    generate.add_argument(
-        "--json", action="store_true", help="one object a line: prompt, text, token_ids, finish_reason"
-    )
-    generate.set_defaults(command=do.generate)
+    flags.add(commands)
     return parser
 
 

@@ -231,17 +231,3 @@ def new(args: argparse.Namespace) -> int:
     print(f"{args.kind}:{args.name} is in {written.component}: edit it there. Next:")
     print("".join(f"  {step}\n" for step in written.next_steps), end="")
     return 0
-
-
-def generate(args: argparse.Namespace) -> int:
-    from nanovllm_core.inference.params import SamplingParams
-    from nanovllm_core.llm import LLM
-    from nanovllm_core.yamltext import parse
-
-    params = SamplingParams(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed, stop=args.stop
-    )  # fmt: skip
-    llm = LLM(args.folder, model=parse(args.model, "--model").data, dtype=args.dtype)
-    for prompt, output in zip(args.prompt, llm.generate(args.prompt, params), strict=True):
-        print(json.dumps({"prompt": prompt, **output}) if args.json else f"{prompt}{output['text']}\n")
-    return 0

@@ -72,6 +72,7 @@ class Watch:
 
 
 WORDS = "the river runs past old mills and under a stone bridge where children fish for trout".split()  # noqa: SIM905
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 @pytest.fixture
@@ -221,3 +222,25 @@ def port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """The folder of a small model from random weights, which has a chat template and answers with text that wanders."""
+    from nanovllm_core.assemble import assemble, models_of, tokenizer_of
+    from nanovllm_core.plan_model import plan_model
+    from nanovllm_core.training.export import export
+
+    folder = tmp_path_factory.mktemp("small") / "model"
+    data = {"model": {"use": "preset", "size": "tiny"}, "tokenizer": {"use": "bpe", "size": 300}}
+    plan = plan_model(Recipe.from_data(data), Registry.from_environment(), Machine())
+    tokenizer = tokenizer_of(plan, lambda: [" ".join(WORDS)])
+    module = assemble(plan, "cpu", seed=1, training=False).module
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(6)
+    export(folder, module.named_parameters(), models_of(plan).config(shape=plan.shape), tokenizer, "float32")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    return folder

@@ -1,0 +1,113 @@
+"""The command line of `generate`, and what their flags mean. Imports stand inside, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanovllm_core.errors import GenerationError
+
+if TYPE_CHECKING:
+    from nanovllm_core.inference.params import SamplingParams
+    from nanovllm_core.llm import LLM
+
+GENERATE = """\
+Continues prompts with a trained model: those of --prompt, printed, or those of a file:
+
+  nanovllm generate FOLDER --file in.jsonl --out out.jsonl
+
+A line of in.jsonl is {"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} or {"token_ids": [...]}, with
+"id" and sampling keys of its own (temperature, max_tokens, seed, ...) where wanted; a .txt file has one prompt a line.
+The whole file is checked before the first answer is made. Each answer is a line of out.jsonl as soon as it is made; the
+same command goes on after an interruption, and puts the lines in the order of the input when all are there.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    raw = argparse.RawDescriptionHelpFormatter
+    generate = commands.add_parser(
+        "generate", help="continue prompts with a trained model", formatter_class=raw, description=GENERATE
+    )
+    _model(generate)
+    asked = generate.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    asked.add_argument("--file", type=Path, metavar="IN", help="prompts: a .jsonl file, or a .txt file of one a line")
+    generate.add_argument(
+        "--out", type=Path, metavar="OUT.jsonl", help="write the answers there, and go on with what is missing"
+    )
+    _sampling(generate, max_tokens=128)
+    generate.add_argument("--n", type=int, default=1, help="answers to each prompt (default: 1)")
+    generate.add_argument(
+        "--logprobs", type=int, metavar="K", help="log-probability of each token, and of the K likeliest ones"
+    )
+    generate.add_argument("--batch-size", type=int, help="answers made at once (default: 64 on a CPU, 256 on a GPU)")
+    generate.add_argument(
+        "--json", action="store_true", help="one object a line: prompt, text, token_ids, finish_reason"
+    )
+    generate.set_defaults(command=_generate)
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="a run's output_dir, any model folder of a supported family, or a hub name")
+    parser.add_argument(
+        "--model", default="auto", help="who opens the folder, as in a recipe: NAME or {use: NAME, ...} (default: auto)"
+    )
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    parser.add_argument(
+        "--kernels", default="auto", help="as in a recipe: NAME or {OPERATION: NAME, ...} (default: auto)"
+    )
+    parser.add_argument(
+        "--max-model-len", type=int, help="longest prompt plus answer, in tokens (default: the model's)"
+    )
+
+
+def _sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    add = parser.add_argument
+    add("--max-tokens", type=int, default=max_tokens, help=f"longest answer (default: {max_tokens})")
+    add("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: 0.7)")
+    add("--top-k", type=int, help="choose among the k likeliest (default: all)")
+    add("--top-p", type=float, default=0.95, help="choose among the likeliest that hold p together (default: 0.95)")
+    add("--min-p", type=float, default=0.0, help="not what is less likely than p times the likeliest (default: 0)")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: what was said is less likely (default: 1)")
+    add("--seed", type=int, help="the same seed gives the same text")
+    add("--stop", action="append", default=[], help="end before this text; may be given several times")
+    add("--stop-token-id", type=int, action="append", default=[], help="end at this token too; several times")
+    add("--ignore-eos", action="store_true", help="go on after the model's end tokens")
+
+
+def sampling_of(args: argparse.Namespace) -> SamplingParams:
+    """What the flags ask for. Raises GenerationError with the flag that is wrong."""
+    from nanovllm_core.inference.params import SamplingParams
+
+    given = vars(args)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "stop", "seed", "ignore_eos")
+    more = {name: given[name] for name in ("n", "logprobs") if name in given}
+    try:
+        return SamplingParams(**{name: given[name] for name in names}, **more, stop_token_ids=tuple(args.stop_token_id))
+    except GenerationError as e:
+        flag = re.sub(r"^SamplingParams: (\w+)", lambda found: _flag(found[1]), str(e))
+        raise GenerationError(flag) from None
+
+
+def _flag(name: str) -> str:
+    return "--" + {"stop_token_ids": "stop-token-id"}.get(name, name.replace("_", "-"))
+
+
+def llm_of(args: argparse.Namespace, max_model_len: int | None = None, batch_size: int | None = None) -> LLM:
+    """The model that the flags name."""
+    from nanovllm_core.llm import LLM
+    from nanovllm_core.yamltext import parse
+
+    return LLM(
+        args.folder, model=parse(args.model, "--model").data, kernels=parse(args.kernels, "--kernels").data, dtype=args.dtype,
+        max_model_len=max_model_len, batch_size=batch_size,
+    )  # fmt: skip
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from nanovllm_core.generation.generate import generate
+
+    return generate(args)
