@@ -1,4 +1,4 @@
-"""The command line: `nanovllm init | run | explain | estimate | train | analyze | plugins | schema | new | generate`.
+"""The command line: `nanovllm init | run | explain | estimate | train | analyze | plugins | schema | new | generate | chat`.
 
 Thin: parse, call the core, print. A user's mistake is one message on standard error and exit code 2.
 """
@@ -27,6 +27,7 @@ start here:
   nanovllm analyze my_documents           what a folder holds, and what would be skipped
   nanovllm generate demo/model --prompt "The"
   nanovllm generate demo/model --file in.jsonl --out out.jsonl
+  nanovllm chat FOLDER                    talk with a model that has a chat template
   nanovllm plugins                        readers, tokenizers, models, ... that are installed
   nanovllm new readers NAME               a plugin of your own to edit, with its tests
 """

@@ -1,1 +1,1 @@
-"""What `nanovllm generate` does: prompts of the command line, or many from a file."""
+"""What `nanovllm generate` and `nanovllm chat` do: many prompts from a file, a conversation at a terminal."""

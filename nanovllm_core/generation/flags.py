@@ -1,4 +1,4 @@
-"""The command line of `generate`, and what their flags mean. Imports stand inside, so that help is instant."""
+"""The command lines of `generate` and `chat`, and what their flags mean. Imports stand inside, so that help is instant."""
 
 from __future__ import annotations
 
@@ -24,9 +24,15 @@ The whole file is checked before the first answer is made. Each answer is a line
 same command goes on after an interruption, and puts the lines in the order of the input when all are there.
 """
 
+CHAT = """\
+Each line is a message. Ctrl-C ends an answer, Ctrl-D or /exit leaves, /reset begins a new conversation. A message of
+several lines stands between two lines of \"\"\", or is pasted as it is. Without a terminal every line of the standard input
+is a message, and the answers alone are printed.
+"""
+
 
 def add(commands: Any) -> None:
-    """Add the command to the parser's."""
+    """Add both commands to the parser's."""
     raw = argparse.RawDescriptionHelpFormatter
     generate = commands.add_parser(
         "generate", help="continue prompts with a trained model", formatter_class=raw, description=GENERATE
@@ -48,6 +54,12 @@ def add(commands: Any) -> None:
         "--json", action="store_true", help="one object a line: prompt, text, token_ids, finish_reason"
     )
     generate.set_defaults(command=_generate)
+
+    chat = commands.add_parser("chat", help="talk with a trained model", formatter_class=raw, description=CHAT)
+    _model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    _sampling(chat, max_tokens=1024)
+    chat.set_defaults(command=_chat)
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
@@ -111,3 +123,9 @@ def _generate(args: argparse.Namespace) -> int:
     from nanovllm_core.generation.generate import generate
 
     return generate(args)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from nanovllm_core.generation.talk import talk
+
+    return talk(args)
