@@ -1,4 +1,4 @@
-"""The command line: `nanovllm init | run | explain | estimate | train | analyze | plugins | schema | new | generate | chat`.
+"""The command line: `nanovllm init | run | explain | estimate | train | analyze | plugins | schema | new | generate | chat | serve`.
 
 Thin: parse, call the core, print. A user's mistake is one message on standard error and exit code 2.
 """
@@ -18,6 +18,7 @@ from nanovllm_core import commands as do
 from nanovllm_core.errors import NanoError
 from nanovllm_core.generation import flags
 from nanovllm_core.launch import add_flags, add_nproc
+from nanovllm_core.server.command import add_parser as add_serve
 
 START = """\
 start here:
@@ -28,6 +29,7 @@ start here:
   nanovllm generate demo/model --prompt "The"
   nanovllm generate demo/model --file in.jsonl --out out.jsonl
   nanovllm chat FOLDER                    talk with a model that has a chat template
+  nanovllm serve demo/model               OpenAI's API on this machine, and a page to chat
   nanovllm plugins                        readers, tokenizers, models, ... that are installed
   nanovllm new readers NAME               a plugin of your own to edit, with its tests
 """
@@ -219,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     new.set_defaults(command=do.new)
 
     flags.add(commands)
+    add_serve(commands)
     return parser
 
 

@@ -16,7 +16,8 @@
     ├── Interrupted              the run was asked to stop; its message says how to go on (exit code 128 + signal)
     ├── OutputError               the output folder cannot be used
     ├── LockError                 what would run is not what a lock says, or the lock cannot be read
-    └── GenerationError           a prompt or sampling parameter is unusable
+    ├── GenerationError           a prompt or sampling parameter is unusable
+    └── ServingError              a server cannot start as it was told to
 
 Anything else that escapes is a bug of ours or of a plugin, and keeps its traceback.
 """
@@ -97,6 +98,10 @@ class LockError(NanoError):
 
 class GenerationError(NanoError):
     """A prompt or a sampling parameter is unusable."""
+
+
+class ServingError(NanoError):
+    """A server cannot start as it was told to."""
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
