@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from nanovllm_core.server.answering import Answering, Service
 from nanovllm_core.server.asked import unknown_model
+from nanovllm_core.server.body import HeardOut
 from nanovllm_core.server.errors import ApiError
 from nanovllm_core.server.guard import Guard, check_key
 from nanovllm_core.server.log import Logged
@@ -36,7 +37,7 @@ def application(service: Service) -> ASGIApp:
     ]
     inner = Starlette(routes=routes, exception_handlers={ApiError: _told, HTTPException: _http})
     inner.router.redirect_slashes = False
-    app: ASGIApp = Guard(inner, settings)
+    app: ASGIApp = HeardOut(Guard(inner, settings))
     if settings.origins:
         app = CORSMiddleware(
             app, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["Authorization", "Content-Type"]

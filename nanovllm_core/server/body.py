@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm_core.server.errors import ApiError, ClientGone
+
+LINGER = 2.0  # seconds to hear the rest of a refused body
+HEARD = 64 << 20  # bytes of it
 
 
 async def read_object(request: Request, *, most: int, seconds: float) -> dict[str, Any]:
@@ -74,3 +80,37 @@ def _single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name[:80]!r} stands there twice")
         found[name] = value
     return found
+
+
+class HeardOut:
+    """Wraps an application that may refuse a request before its body came.
+
+    Closing a connection on a client that still sends makes its system drop the answer, so the rest is heard, and thrown
+    away, before a refusal is sent.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        more = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+        async def heard() -> Message:
+            nonlocal more
+            message = await receive()
+            more = more and bool(message.get("more_body"))
+            return message
+
+        async def discard() -> None:
+            left = HEARD
+            while more and left > 0:
+                left -= len((await heard()).get("body", b""))
+
+        async def last(message: Message) -> None:
+            if more and message["type"] == "http.response.start" and "expect" not in headers:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(discard(), LINGER)
+            await send(message)
+
+        await self.app(scope, heard, last)

@@ -128,11 +128,13 @@ class _Server(uvicorn.Server):
     async def _drained(self) -> None:
         """Let answers end, then everything."""
         admission, loop = self.service.admission, asyncio.get_running_loop()
-        say(f"ending: {admission.under_way} answers have {self.settings.drain:g} s; once more (Ctrl-C) ends at once")
+        say(
+            f"ending within {self.settings.drain:g} s (answers under way: {admission.under_way}); once more (Ctrl-C) ends at once"
+        )
         deadline = loop.time() + self.settings.drain
         while admission.under_way and loop.time() < deadline:
             await asyncio.sleep(0.05)
         if admission.under_way:
-            say(f"{admission.under_way} answers did not end in time and are cut (--drain)")
+            say(f"answers that did not end in time and are cut (--drain): {admission.under_way}")
             self.service.cut.set()
         self.should_exit = True

@@ -92,7 +92,18 @@ class Server:
             made.sendall(data)
             if not close:
                 made.settimeout(0.5)
-            return received(made)
+            return self.received(made)
+
+    @staticmethod
+    def received(connection):
+        """What comes until the other side closes, or is silent for the connection's timeout."""
+        found = b""
+        try:
+            while data := connection.recv(65536):
+                found += data
+        except (TimeoutError, ConnectionResetError):
+            pass
+        return found
 
     def post(self, path, body, headers=None):
         """(status, headers, body) of a request; a body that is not bytes is sent as JSON."""
@@ -145,23 +156,12 @@ def answer(request):
             return e.code, e.headers, e.read()
 
 
-def received(connection):
-    """What comes until the other side closes, or is silent for the connection's timeout."""
-    found = b""
-    try:
-        while data := connection.recv(65536):
-            found += data
-    except (TimeoutError, ConnectionResetError):
-        pass
-    return found
-
-
 @pytest.fixture(scope="session")
 def start(folder):
     """Starts servers with flags and environment; they end with the tests."""
     started = []
 
-    def start(*flags, **environment):
+    def start(*flags, folder=folder, **environment):
         started.append(Server(folder, flags, environment))
         return started[-1].start()
 
