@@ -1,4 +1,5 @@
-"""The command line: `nanovllm init | run | explain | estimate | train | analyze | plugins | schema | new | generate | chat | serve`.
+"""The command line: `nanovllm init | run | explain | estimate | train | analyze | plugins | schema | new | generate | chat |
+serve`.
 
 Thin: parse, call the core, print. A user's mistake is one message on standard error and exit code 2.
 """

@@ -154,16 +154,19 @@ def _answered(llm: LLM, questions: Iterable[Question]) -> Iterator[Progress]:
 @contextmanager
 def _told(total: int, done: int) -> Iterator[Callable[[int, int], None]]:
     """A bar with answers and tokens a second, where stderr is a terminal."""
-    from tqdm.auto import tqdm
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
 
-    tokens, since = 0, time.monotonic()
-    with tqdm(total=total, initial=done, desc="answers", disable=None, dynamic_ncols=True) as bar:
+    tokens, since, console = 0, time.monotonic(), Console(stderr=True)
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("answers", total=total, completed=done, speed="")
 
         def tell(more: int, over: int) -> None:
             nonlocal tokens
             tokens += more
-            bar.set_postfix_str(f"{tokens / max(1e-9, time.monotonic() - since):,.0f} tokens/s", refresh=False)
-            bar.update(over)
+            speed = f"{tokens / max(1e-9, time.monotonic() - since):,.0f} tokens/s"
+            bar.update(task, advance=over, speed=speed)
 
         yield tell
 
