@@ -204,8 +204,8 @@ class Callbacks:
         """A checkpoint is complete on disk."""
 
     @hookspec
-    def generated(self, prompt: str, text: str) -> None:
-        """The finished model answered a prompt of the recipe."""
+    def generated(self, step: int, prompt: str, text: str) -> None:
+        """The model answered a prompt of the recipe: after a step of the training (`generate.steps`), or when it was over."""
 
     @hookspec
     def run_finished(self, output_dir: Path) -> None:

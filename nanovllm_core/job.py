@@ -15,11 +15,10 @@ from nanovllm_core.contracts import Layout, Module
 from nanovllm_core.corpus import Corpus, batches
 from nanovllm_core.errors import CheckpointError, Interrupted
 from nanovllm_core.hookspecs import Callbacks
-from nanovllm_core.inference.generate import answerable, generate
-from nanovllm_core.inference.params import SamplingParams
 from nanovllm_core.machine import host_memory
 from nanovllm_core.output import BEST, finished, mark_finished
 from nanovllm_core.plan import Plan
+from nanovllm_core.samples import Samples
 from nanovllm_core.settings import settings_of
 from nanovllm_core.training import checkpoint
 from nanovllm_core.training.deterministic import deterministically
@@ -74,12 +73,7 @@ class Job:
         self.world, self.at, self.profiled = world, at, profile and world.first
         self.folder, self.shape = plan.output_dir, plan.model.shape
         self.config = models_of(plan.model).config(shape=self.shape)
-        g = plan.recipe.generate
-        params = SamplingParams(
-            temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, max_tokens=g.max_tokens, stop=g.stop, seed=g.seed
-        )
-        self.params = [params] * len(g.prompts)
-        answerable(g.prompts, self.params, corpus.tokenizer, self.shape.max_positions)  # or say so before training
+        self.samples = Samples(plan, corpus.tokenizer, events, stop)  # or say before training what cannot be answered
 
     def run(self, found: Found | None) -> None:
         """Everything that is left to do. Raises Interrupted when it was asked to stop, with the state saved."""
@@ -111,7 +105,9 @@ class Job:
             return
         files = export(self.folder, weights, self.config, self.corpus.tokenizer, self.shape.dtype)
         self.export_best(saver, trainer)
-        self.generate(trainer.model.module if self.world.size == 1 else self.reopened())
+        module = trainer.model.module if self.world.size == 1 else self.reopened()
+        if module is not None:
+            self.samples.of_the_finished(module, trainer.step)
         mark_finished(self.folder, trainer.step, asked_length(self.plan), files)
 
     def say_going_on(self, state: checkpoint.State, trainer: Trainer, settings: Settings) -> None:
@@ -201,9 +197,17 @@ class Job:
             held = lambda copy: snapshot(named(), trainer.optimizer, copy, self.world)  # noqa: E731
             saver.save(self.state(trainer), held, size // self.world.size)
 
+        def tick() -> None:
+            saver.poll()
+            over = trainer.step >= trainer.settings.total_steps or trainer.best.exhausted(trainer.settings.patience)
+            if self.world.first and not over and self.samples.due(trainer.step):
+                self.at(f"answering the prompts after step {trainer.step}", alone=True)
+                self.samples.on_the_way(trainer.model.module, trainer.step)
+
+        self.samples.begin()
         try:
             with self.stop.heeding(), trainer.meter.profile or nullcontext():
-                trainer.run(save, saver.poll)
+                trainer.run(save, tick)
         except Interrupted:
             self.stop.saving = True
             self.at(f"saving after step {trainer.step}", alone=True)
@@ -261,20 +265,3 @@ class Job:
         saved = ModelFolder.open(self.folder)
         alone = evolve(plan.model, layout=Layout())
         return opened(alone, plan.machine.device, saved.tensor)
-
-    def generate(self, module: Module | None) -> None:
-        """Answer the recipe's prompts."""
-        prompts = self.plan.recipe.generate.prompts
-        if module is None:
-            return
-        outputs = generate(
-            module,
-            self.corpus.tokenizer,
-            prompts,
-            self.params,
-            shape=self.shape,
-            device=self.plan.machine.device,
-            max_len=self.shape.max_positions,
-        )
-        for prompt, output in zip(prompts, outputs, strict=True):
-            self.events.generated(prompt=prompt, text=output["text"])

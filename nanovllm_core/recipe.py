@@ -103,24 +103,30 @@ class Data:
 
 @frozen(kw_only=True)
 class Generate:
-    """What the finished model is asked.
+    """What the model is asked.
 
-    The bounds are those of `inference.sampling.SamplingParams`, known here before anything is trained.
+    The bounds are those of `inference.params.SamplingParams`, known here before anything is trained.
 
     prompts: texts to continue when training is over
+    steps: optimizer steps between samples: the prompts are continued during training too; 0: only when it is over
     max_tokens: longest answer
     temperature: 0 takes the likeliest token, higher is more varied
     top_k: draw from this many likeliest tokens; null: all
     top_p: draw from the likeliest tokens that together have this probability
+    min_p: draw from the tokens that have at least this share of the likeliest one's probability
+    repetition_penalty: above 1, tokens that prompt or answer have become less likely; 1: none
     seed: of the draws
     stop: texts that end an answer, and are left out of it
     """
 
     prompts: tuple[str, ...] = ()
+    steps: int = field(default=0, validator=at_least(0))
     max_tokens: int = field(default=64, validator=at_least(1))
     temperature: float = field(default=0.7, validator=[at_least(0), below(math.inf)])
     top_k: int | None = field(default=None, validator=at_least(1))
     top_p: float = field(default=0.95, validator=Bounds(low=0, high=1, open_low=True))
+    min_p: float = field(default=0.0, validator=Bounds(low=0, high=1))
+    repetition_penalty: float = field(default=1.0, validator=[above(0), below(math.inf)])
     seed: int = field(default=42, validator=[at_least(0), below(2**63)])
     stop: tuple[str, ...] = field(default=())
 
@@ -144,7 +150,7 @@ class Recipe:
     kernels: operation -> component, `"*"` for all others; one component alone serves all
     parallel: component that spreads the model over devices
     train: optimisation, evaluation, saving
-    generate: what the finished model is asked
+    generate: what the model is asked
     callbacks: components that watch the run
     output_dir: folder of the result; relative ones count from the recipe's folder
     """

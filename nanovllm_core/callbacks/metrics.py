@@ -21,25 +21,28 @@ from nanovllm_core.hookspecs import hookimpl
 if TYPE_CHECKING:
     from nanovllm_core.plan import Plan
 
-EVALUATION = "evaluation.json"
+EVALUATION, SAMPLES = "evaluation.json", "samples.jsonl"
 
 
 @define
 class _File:
     path: Path | None = None
     begun: bool = False
+    sampled: bool = False  # the samples are begun
 
 
 def _plain_name(instance: Any, attribute: Any, value: object) -> None:
     if not isinstance(value, str) or not re.fullmatch(r"[\w-][\w.-]*\.jsonl", value):
         raise ValueError(f"got {value!r}, allowed: a plain file name that ends in .jsonl, such as metrics.jsonl")
+    if value == SAMPLES:
+        raise ValueError(f"got {value!r}, where the model's answers go; name another")
 
 
 @frozen(kw_only=True, eq=False)
 class Metrics:
     """Writes metrics.jsonl into the output folder: one object a logged step or evaluation.
 
-    The newest evaluation by source goes to evaluation.json.
+    The newest evaluation by source goes to evaluation.json, what the model answers the recipe's prompts to samples.jsonl.
 
     file: its name, which ends in .jsonl
     """
@@ -50,7 +53,7 @@ class Metrics:
     @hookimpl
     def run_started(self, plan: Plan) -> None:
         self._open.path = plan.output_dir / self.file if plan.machine.rank == 0 else None
-        self._open.begun = False
+        self._open.begun = self._open.sampled = False
 
     @hookimpl
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -81,16 +84,25 @@ class Metrics:
                 partial.write_text(_json({"step": step, "sources": table}, indent=1) + "\n", encoding="utf-8")
                 os.replace(partial, path)
 
+    @hookimpl
+    def generated(self, step: int, prompt: str, text: str) -> None:
+        if self._open.path is not None:
+            path, line = self._open.path.with_name(SAMPLES), {"step": step, "prompt": prompt, "text": text}
+            self._open.sampled = _append(path, line, self._open.sampled)
+
     def _write(self, line: Mapping[str, float]) -> None:
-        path = self._open.path
-        if path is None:
-            return
-        if not self._open.begun:  # a resumed run takes its later steps again: drop what they said before
-            with writing(path):
-                _keep_before(path, line)
-            self._open.begun = True
-        with writing(path), path.open("a", encoding="utf-8") as f:
+        if self._open.path is not None:
+            self._open.begun = _append(self._open.path, line, self._open.begun)
+
+
+def _append(path: Path, line: Mapping[str, Any], begun: bool) -> bool:
+    """Write a line; the first of a run drops what it says again: a resumed run takes its later steps again."""
+    with writing(path):
+        if not begun:
+            _keep_before(path, line)
+        with path.open("a", encoding="utf-8") as f:
             f.write(_json(line) + "\n")
+    return True
 
 
 def _json(value: Any, indent: int | None = None) -> str:
@@ -105,7 +117,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_before(path: Path, line: Mapping[str, float]) -> None:
+def _keep_before(path: Path, line: Mapping[str, Any]) -> None:
     """Leave what came before the line alone; what cannot be read (a line that a kill cut short) goes too."""
     if path.exists():
         aside = path.with_name(f".{path.name}.partial")
