@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 
 from attrs import define, field
@@ -30,6 +30,8 @@ EVENTS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"x-accel-buffering", b"no"),  # a proxy is to pass each event on at once
 )
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: `json.dumps` makes it anew
 
 
 @define(eq=False)
@@ -126,8 +128,8 @@ class _Answer:
         await self._send(message)
 
     async def _event(self, value: Any) -> None:
-        data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        await self.send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+        data = f"data: {_encode(value)}\n\n".encode()
+        await self.send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _end(self) -> None:
         await self.send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
@@ -159,9 +161,7 @@ async def _left(receive: Receive) -> None:
 async def _ended(tasks: tuple[asyncio.Future[Any], ...]) -> None:
     for task in tasks:
         task.cancel()
-    for task in tasks:
-        with suppress(Exception, asyncio.CancelledError):
-            await task
+    await asyncio.gather(*tasks, return_exceptions=True)  # not one by one: raising anew would lose where it was raised
 
 
 async def _nothing() -> Message:

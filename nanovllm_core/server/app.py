@@ -18,7 +18,7 @@ from nanovllm_core.server.asked import unknown_model
 from nanovllm_core.server.body import HeardOut
 from nanovllm_core.server.errors import ApiError
 from nanovllm_core.server.guard import Guard, check_key
-from nanovllm_core.server.log import Logged
+from nanovllm_core.server.log import Logged, fault
 from nanovllm_core.server.page import page
 
 PATHS = "/v1/completions, /v1/chat/completions, /v1/models, /health and /"
@@ -35,7 +35,7 @@ def application(service: Service) -> ASGIApp:
         Route("/v1/completions", Answering(service, chat=False), methods=["POST"]),
         Route("/v1/chat/completions", Answering(service, chat=True), methods=["POST"]),
     ]
-    inner = Starlette(routes=routes, exception_handlers={ApiError: _told, HTTPException: _http})
+    inner = Starlette(routes=routes, exception_handlers={ApiError: _told, HTTPException: _http, Exception: _fault})
     inner.router.redirect_slashes = False
     app: ASGIApp = HeardOut(Guard(inner, settings))
     if settings.origins:
@@ -101,6 +101,10 @@ class _Models:
 async def _told(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return fault().response()
 
 
 async def _http(request: Request, error: Exception) -> Response:

@@ -55,7 +55,8 @@ async def asked(body: Mapping[str, Any], llm: LLM, name: str, *, chat: bool, mos
     try:
         prompts = await asyncio.to_thread(_ids, llm, given, params, chat)
     except (GenerationError, ModelError) as e:
-        raise ApiError(400, str(e), param="messages" if chat else "prompt") from None
+        place = f"{getattr(llm.tokenizer, 'folder', '')}: "  # is not a client's matter
+        raise ApiError(400, str(e).removeprefix(place), param="messages" if chat else "prompt") from None
     return Asked(chat=chat, prompts=prompts, params=params, stream=stream, usage=usage)
 
 

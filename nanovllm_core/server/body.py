@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm_core.server.errors import ApiError, ClientGone
 
+SMALL = 1 << 16  # bytes that are parsed in the event loop; more takes milliseconds, in which it serves nobody
 LINGER = 2.0  # seconds to hear the rest of a refused body
 HEARD = 64 << 20  # bytes of it
 
@@ -27,7 +28,8 @@ async def read_object(request: Request, *, most: int, seconds: float) -> dict[st
         raise ApiError(415, f"Content-Type: got {kind!r:.80}, allowed: application/json")
     try:
         async with asyncio.timeout(seconds):
-            return parsed(await _read(request, most))
+            data = await _read(request, most)
+            return parsed(data) if len(data) <= SMALL else await asyncio.to_thread(parsed, data)
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {seconds:g} seconds", code="slow_body") from None
     except ClientDisconnect:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,8 +21,14 @@ GONE = 499  # as nginx logs it: the client left before the answer
 def say(text: str) -> None:
     """One line with the time."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    sys.stderr.write(f"{stamp} {text.encode('ascii', 'backslashreplace').decode()}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody reads the log any more
+        sys.stderr.write(f"{stamp} {text.encode('ascii', 'backslashreplace').decode()}\n")
+        sys.stderr.flush()
+
+
+def fault() -> ApiError:
+    """What a client hears of an unforeseen error."""
+    return ApiError(500, "a fault of the server; its log says where", code="internal_error")
 
 
 class Logged:
@@ -31,12 +38,14 @@ class Logged:
         self.app, self.quiet = app, quiet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began, status = time.monotonic(), 0
+        began, status, whole = time.monotonic(), 0, False
 
         async def told(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
+            else:
+                whole = not message.get("more_body")
             await send(message)
 
         try:
@@ -45,11 +54,10 @@ class Logged:
             status = GONE
         except Exception as e:
             say(f"error: {type(e).__name__}, a fault of the server:\n{''.join(traceback.format_tb(e.__traceback__))}")
-            if status:
+            if not status:
+                await fault().response()(scope, receive, told)
+            elif not whole:  # a client must not take it for all
                 scope["state"]["abort"]()
-            else:
-                error = ApiError(500, "a fault of the server; its log says where", code="internal_error")
-                await error.response()(scope, receive, told)
             status = 500
         if not self.quiet:
             usage = scope["nanovllm.usage"]() if "nanovllm.usage" in scope else None

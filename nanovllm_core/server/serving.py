@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -28,6 +29,7 @@ from nanovllm_core.server.settings import Settings
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HEAD = 32 << 10  # bytes of a request's head
 SPARE = 256  # connections beside those of the answers: health, models, refusals
+SWITCH = 1e-4  # seconds: see `serve`
 CLOSING = 3  # seconds for connections to close when all is said
 
 
@@ -53,7 +55,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(llm: LLM, settings: Settings, listener: socket.socket) -> int:
-    """Answer until a signal comes; the exit code."""
+    """Answer until a signal comes; the exit code.
+
+    The engine's thread gives way at each of its hundred operations a forward, and would get its turn back only after 5 ms
+    of a busy event loop: a shorter interval makes a quarter more tokens with 200 clients on two cores.
+    """
+    sys.setswitchinterval(SWITCH)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what it would tell of a client is the client's matter
     code: int = asyncio.run(_serve(llm, settings, listener))
     return code

@@ -274,6 +274,7 @@ def test_a_client_that_does_not_read_is_dropped(hasty):
     """What it does not take fills the system's buffers, and then the server waits, until its time is up."""
     message = {"role": "user", "content": "a"}
     asked = {"messages": [message], "max_tokens": 4000, "stream": True, "n": 32, "logprobs": True, "top_logprobs": 100}
+    asked["ignore_eos"] = True
     with socket.socket() as made:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         made.connect(("127.0.0.1", hasty.port))
