@@ -116,6 +116,10 @@ class Driver:
                 self.engine.step()
             except Exception as e:
                 self.engine.fail(e)
+            except BaseException as e:  # Ctrl-C, anywhere in it
+                self.engine.fail(e)
+                self.engine.forget()
+                raise
 
 
 def _told(pieces: Many[Pieces]) -> Iterator[dict[str, Any]]:

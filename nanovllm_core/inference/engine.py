@@ -129,11 +129,16 @@ class Engine:
             self._remove(sequence)
             sequence.show()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End all answers with an error."""
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             sequence.error = error
             self.abort(sequence)
+
+    def forget(self) -> None:
+        """Count all pages as free and unknown: a step that ended anywhere may have left one between two hands."""
+        if self.pool is not None:
+            self.pool.forget()
 
     def _remove(self, sequence: Sequence) -> None:
         moved = self.scheduler.remove(sequence)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence as Many
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,7 @@ class PagedRunner:
         self.module, self.pool, self.device = module, pool, device
         size = (pool.count, pool.size, shape.kv_heads, shape.head_dim)
         dtype = getattr(torch, module.ops.dtype)
-        # zeros: what a mask leaves out must be finite. On a CPU the system gives the memory when it is first written.
-        self.kv = [KV(*(torch.zeros(size, dtype=dtype, device=device) for _ in "kv")) for _ in module.blocks]
+        self.kv = [KV(*(_zeros(size, dtype, device) for _ in "kv")) for _ in module.blocks]
 
     def forward(self, parts: Many[Part]) -> Tensor:
         """The logits [n, V] after each part that reaches its sequence's end, in order."""
@@ -86,6 +86,15 @@ def paged_batch(
             places_T=torch.tensor(places).to(device),
         ),
     )
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """What a mask leaves out must be finite. On a CPU the system gives the memory when it is first written: numpy asks it for
+    zeros, where torch writes them."""
+    if device != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    bits = np.zeros(size, np.float32 if dtype == torch.float32 else np.uint16)
+    return torch.from_numpy(bits).view(dtype)
 
 
 def _follow(pages: Many[int]) -> bool:

@@ -27,9 +27,15 @@ class PagePool:
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
-        self._holders = [0] * count
-        self._free: OrderedDict[int, None] = OrderedDict((page, None) for page in range(count))  # longest free first
-        self._keys: list[bytes | None] = [None] * count
+        self.forget()
+
+    def forget(self) -> None:
+        """All pages are free, and nothing is known of what they hold."""
+        self._holders = [0] * self.count
+        self._free: OrderedDict[int, None] = OrderedDict(
+            (page, None) for page in range(self.count)
+        )  # longest free first
+        self._keys: list[bytes | None] = [None] * self.count
         self._page_of: dict[bytes, int] = {}
 
     @property

@@ -122,4 +122,6 @@ def _from_sorted(
     before_BW = (kept_BW.cumsum(dim=-1) - kept_BW) / total_B1  # of the likelier tokens; 0 for the first, always kept
     kept_BW = torch.where((before_BW < p_B1) | (p_B1 >= 1), kept_BW, 0.0)
     kept_BW = torch.where(probs_BW >= least_B1, kept_BW, 0.0)
-    return index_BW.gather(-1, _invert(kept_BW, u_B1))[:, 0]
+    # In the vocabulary's order: two neighbours by likelihood may change places with the last digit of a logit.
+    index_BW, order_BW = index_BW.sort(dim=-1)
+    return index_BW.gather(-1, _invert(kept_BW.gather(-1, order_BW), u_B1))[:, 0]

@@ -32,7 +32,7 @@ class Sequence:
     logprobs: list[dict[str, Any]] = field(factory=list)
     text: str | None = None  # set when a stop text was met
     finish_reason: str | None = None
-    error: Exception | None = None  # that ended it
+    error: BaseException | None = None  # that ended it
     computed: int = 0  # tokens whose keys and values are in the pages
     pages: list[int] = field(factory=list)
     keys: list[bytes] = field(factory=list)  # of its full pages that are computed

@@ -133,7 +133,9 @@ class CallbackContract(Contract):
                     path.mkdir(exist_ok=True)
                     self.tell(events, "checkpoint_saved", step=step, path=path)
             if finish and steps and held_out is not None:
-                self.tell(events, "generated", step=steps, prompt="The [red]river", text=" runs\n\n past \ufffd [/] mills")
+                self.tell(
+                    events, "generated", step=steps, prompt="The [red]river", text=" runs\n\n past \ufffd [/] mills"
+                )
             if finish:
                 self.tell(events, "run_finished", output_dir=plan.output_dir)
 

@@ -169,6 +169,29 @@ def test_an_error_ends_who_runs_and_not_the_engine(model, driver, prompts_of, mo
     assert [a.output(model.tokenizer) for a in again] == wanted
 
 
+def test_an_interruption_in_a_step_leaves_no_page_behind(
+    model, driver, prompts_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C anywhere: here between taking a page and noting it."""
+    prompts, params = prompts_of(4, 30, seed=6), [SamplingParams(temperature=0, max_tokens=20)] * 4
+    wanted, take, calls = model(prompts, params), driver.engine.pool.take, []
+
+    def interrupted(after=None):
+        page = take(after)
+        calls.append(page)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return page
+
+    monkeypatch.setattr(driver.engine.pool, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(driver.run(asked(driver, prompts, params)))
+    settled(driver)
+    again = asked(driver, prompts, params)
+    list(driver.run(again))
+    assert [a.output(model.tokenizer) for a in again] == wanted
+
+
 def test_a_prompt_that_cannot_be_answered_is_told_at_once(driver) -> None:
     async def ask() -> None:
         async for _ in driver.astream([5] * 600, SamplingParams()):
