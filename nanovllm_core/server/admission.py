@@ -20,19 +20,20 @@ class Admission:
     @contextmanager
     def place(self, answers: int) -> Iterator[None]:
         """Room for so many answers while it is entered. Raises ApiError where there is none, or the server ends."""
-        self.refuse_draining()
-        if self.under_way + answers > self.most:
-            raise busy(
-                f"the server is full: {self.under_way} answers are under way, allowed: {self.most}; try again later",
-                429,
-                "queue_full",
-            )
+        self.check(answers)
         self.under_way += answers
         try:
             yield
         finally:
             self.under_way -= answers
 
-    def refuse_draining(self) -> None:
+    def check(self, answers: int) -> None:
+        """Raise ApiError where there is no room for so many answers, or the server ends."""
         if self.draining:
             raise busy("the server is ending and takes no more requests", 503, "draining", seconds=5)
+        if self.under_way + answers > self.most:
+            raise busy(
+                f"the server is full: {self.under_way} answers are under way, allowed: {self.most}; try again later",
+                429,
+                "queue_full",
+            )

@@ -57,7 +57,7 @@ class Answering:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, limits = self.service, self.service.settings
-        service.admission.refuse_draining()
+        service.admission.check(1)  # before a body takes memory
         body = await read_object(Request(scope, receive), most=limits.max_body, seconds=limits.body_timeout)
         answer = _Answer(service, scope, send)
         await answer.until_over(receive, answer.give(body, chat=self.chat))

@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
         help="a page elsewhere that may ask, e.g. https://example.com",
     )
     serve.add_argument(
-        "--max-body", type=_above_zero, default=4 << 20, metavar="BYTES", help="longest request (default: 4194304)"
+        "--max-body", type=_above_zero, default=1 << 20, metavar="BYTES", help="longest request (default: 1048576)"
     )
     serve.add_argument(
         "--queue", type=_from_zero, default=256, metavar="ANSWERS", help="that may wait for their turn (default: 256)"
