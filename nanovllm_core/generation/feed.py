@@ -57,6 +57,8 @@ def answered(engine: Engine, questions: Iterable[Question]) -> Iterator[Progress
         found = Progress(0, [])
         stepped = engine.step()
         for answer in stepped:
+            if answer.error is not None:
+                raise answer.error
             if answer.finish_reason is not None:
                 opened = under_way.pop(answer)
                 opened.left -= 1

@@ -21,7 +21,7 @@ from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.params import SamplingParams
 from nanovllm_core.inference.ranks import leading
 from nanovllm_core.inference.rows import PREFILL, RowsRunner, WholeRunner
-from nanovllm_core.inference.sampling import draw
+from nanovllm_core.inference.sampling import NotFinite, draw
 from nanovllm_core.inference.scheduler import Part, Scheduler
 from nanovllm_core.inference.sequence import Prompt, Sequence, answers_to
 
@@ -96,7 +96,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One forward; the sequences that got a token, those that are over among them."""
+        """One forward; the sequences that got a token or ended, some with an `error`."""
         parts = self.scheduler.plan()
         logits_RV = self.runner.forward(parts)[
             :, : self.tokenizer.vocab_size
@@ -114,7 +114,23 @@ class Engine:
             return []
         if len(rows) > len(logits_RV):
             logits_RV = logits_RV[rows]
-        for sequence, token in zip(answered, draw(logits_RV, answered), strict=True):
+        try:
+            tokens = draw(logits_RV, answered)
+        except NotFinite as e:  # those answers' own
+            bad = [answered[row] for row in e.rows]
+            for sequence in bad:
+                sequence.error = e
+                self.abort(sequence)
+            good = [row for row, sequence in enumerate(answered) if sequence.error is None]
+            if not good:
+                return bad
+            return bad + self._take(
+                [answered[row] for row in good], draw(logits_RV[good], [answered[row] for row in good])
+            )
+        return self._take(answered, tokens)
+
+    def _take(self, answered: list[Sequence], tokens: Many[int]) -> list[Sequence]:
+        for sequence, token in zip(answered, tokens, strict=True):
             sequence.take(token, self.tokenizer.stop_ids)
         for sequence in answered:
             if sequence.finish_reason is not None:

@@ -45,7 +45,9 @@ def generate(
         engine = Engine(module, tokenizer, shape, device, max_len=sizes[0], pages=pages, most=most)
         engine.enqueue(asked)
         while engine.busy:
-            engine.step()
+            for sequence in engine.step():
+                if sequence.error is not None:
+                    raise sequence.error
     return [sequence.output(tokenizer) for sequence in asked]
 
 

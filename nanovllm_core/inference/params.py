@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,8 +15,9 @@ from nanovllm_core.errors import GenerationError
 MOST_LOGPROBS = 100
 
 
-def _texts(stop: str | Iterable[str]) -> tuple[Any, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def _several(given: Any) -> tuple[Any, ...]:
+    """One, or several of something; whether they are good is looked at afterwards."""
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
 
 
 @frozen(kw_only=True)
@@ -46,8 +47,8 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_tokens: int = 64
-    stop: tuple[str, ...] = field(default=(), converter=_texts)
-    stop_token_ids: tuple[int, ...] = field(default=(), converter=tuple)
+    stop: tuple[str, ...] = field(default=(), converter=_several)
+    stop_token_ids: tuple[int, ...] = field(default=(), converter=_several)
     seed: int | None = None
     n: int = 1
     logprobs: int | None = None
@@ -83,7 +84,7 @@ def _whole(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType({
@@ -91,7 +92,7 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType({
     "top_k": (lambda v: v is None or (_whole(v) and v >= 1), "allowed: None, or 1 and more"),
     "top_p": (lambda v: _number(v) and 0 < v <= 1, "allowed: above 0 and at most 1"),
     "min_p": (lambda v: _number(v) and 0 <= v <= 1, "allowed: 0 to 1"),
-    "repetition_penalty": (lambda v: _number(v) and v > 0, "allowed: a number above 0"),
+    "repetition_penalty": (lambda v: _number(v) and 0.01 <= v <= 100, "allowed: 0.01 to 100"),
     "max_tokens": (lambda v: _whole(v) and v >= 1, "allowed: 1 and more"),
     "stop": (lambda v: all(isinstance(s, str) and s for s in v), "allowed: texts that are not empty"),
     "stop_token_ids": (lambda v: all(_whole(i) and i >= 0 for i in v), "allowed: token ids"),

@@ -21,6 +21,14 @@ from nanovllm_core.inference.sequence import Sequence
 CANDIDATES = 1024  # likeliest tokens looked at before the whole vocabulary is sorted
 
 
+class NotFinite(GenerationError):
+    """Rows of logits cannot be drawn from."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__("the model's logits are not finite: its weights are damaged, or its training diverged")
+        self.rows = rows
+
+
 def draw(logits_BV: Tensor, sequences: Many[Sequence]) -> list[int]:
     """The next token of each sequence; what is asked of its log-probabilities is noted. Raises as `sample`."""
     params = [s.params for s in sequences]
@@ -57,13 +65,14 @@ def _note(logits_RV: Tensor, sequences: Many[Sequence], chosen: Many[int]) -> No
 
 
 def sample(logits_BV: Tensor, params: Many[SamplingParams], generators: Many[torch.Generator]) -> list[int]:
-    """The next token of each row. Raises GenerationError when a row has no finite largest logit.
+    """The next token of each row. Raises NotFinite when rows have no finite largest logit.
 
     A row at temperature 0 takes its largest logit (the first of equals) and leaves its generator alone.
     """
     top_B, choice_B = logits_BV.max(dim=-1)
-    if not bool(torch.isfinite(top_B).all()):
-        raise GenerationError("the model's logits are not finite: its weights are damaged, or its training diverged")
+    finite_B = torch.isfinite(top_B)
+    if not bool(finite_B.all()):
+        raise NotFinite((~finite_B).nonzero()[:, 0].tolist())
     chosen: list[int] = choice_B.tolist()
     whole: list[int] = []
     cut: list[int] = []

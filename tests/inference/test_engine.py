@@ -220,6 +220,31 @@ def test_tokens_that_end_an_answer(model) -> None:
     }  # fmt: skip
 
 
+def test_logits_that_are_not_finite_end_their_own_answer(model, prompts_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_of(5, 20, seed=13)
+    wanted = model(prompts, GREEDY)
+    engine = model.engine()
+    forward, calls = engine.runner.forward, []
+
+    def spoilt(parts):
+        logits = forward(parts)
+        calls.append(len(parts))
+        if len(calls) == 4:
+            logits[[1, 3]] = torch.nan
+        return logits
+
+    monkeypatch.setattr(engine.runner, "forward", spoilt)
+    answers = [a for [a] in engine.answers(prompts, [GREEDY] * 5)]
+    engine.enqueue(answers)
+    while engine.busy:
+        engine.step()
+    bad = [i for i, a in enumerate(answers) if a.error is not None]
+    assert len(bad) == 2
+    assert all("not finite" in str(answers[i].error) and answers[i].finish_reason == "abort" for i in bad)
+    assert all(a.output(model.tokenizer) == w for a, w in zip(answers, wanted, strict=True) if a.error is None)
+    assert all_free(engine)
+
+
 def test_a_cache_that_is_too_small_is_told(model) -> None:
     with pytest.raises(GenerationError, match="room for 40 tokens, an answer may have 41"):
         model.engine(pages=10, max_len=41)
