@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator
+from copy import deepcopy
+from weakref import ref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from attrs import evolve
 from nanovllm_kernels import onednn, onednn_products
 from nanovllm_kernels.onednn import OPERATIONS, OneDnn
 from nanovllm_kernels.onednn_packed import Packed
-from nanovllm_kernels.onednn_products import Products
+from nanovllm_kernels.onednn_products import products
 from torch import Tensor
 
 from nanovllm_core.contracts import Accept, KernelRequest, Refuse
@@ -67,7 +68,7 @@ def drawn(dtype: str, *sizes: int) -> Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("outputs", [97, 40])  # 97: the vocabulary, whose matrix is the head's
 def test_linear(dtype: str, native: bool | None, packs: str | None, tokens: int, bias: bool, outputs: int) -> None:
-    linear = Products.of(dtype, 97, packs, native).linear
+    linear = products(dtype, SHAPES[0], packs, native).linear
     weight, b = drawn(dtype, outputs, 33), drawn(dtype, outputs) if bias else None
     flat, spread, turned = drawn(dtype, tokens, 33), drawn(dtype, tokens, 49)[:, 8:41], drawn(dtype, 33, tokens).t()
     for x in (flat, spread, turned):
@@ -83,11 +84,11 @@ def test_linear(dtype: str, native: bool | None, packs: str | None, tokens: int,
 @pytest.mark.parametrize(("dtype", "native", "packs"), WAYS)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 16, 65])
 def test_norm_linear_is_its_parts(dtype: str, native: bool | None, packs: str | None, tokens: int) -> None:
-    products = Products.of(dtype, 97, packs, native)
+    made = products(dtype, SHAPES[0], packs, native)
     x, more, norm = drawn(dtype, tokens, 33), drawn(dtype, tokens, 33), drawn(dtype, 33)
     matrices = drawn(dtype, 97, 33), None, drawn(dtype, 40, 33), drawn(dtype, 40), drawn(dtype, 7, 33), None
     for before in (None, more):
-        found = products.norm_linear(x, before, norm, 1e-5, *matrices)
+        found = made.norm_linear(x, before, norm, 1e-5, *matrices)
         total = x.double() if before is None else (x + before).double()
         normed = total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.double()
         wanted = [total] + [
@@ -98,15 +99,22 @@ def test_norm_linear_is_its_parts(dtype: str, native: bool | None, packs: str | 
             close(a, b, dtype)
 
 
+def kept(copies: Packed) -> int:
+    return sum(map(len, copies.copies.values()))
+
+
 @pytest.mark.usefixtures("inference")
-def test_a_transposed_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_of_a_weight() -> None:
     """GPT-2's matrices are views [out, in] made anew at every call: one copy is made, and changes are seen."""
-    products, stored, x = Products.of("float32", 97, "all"), drawn("float32", 33, 40), drawn("float32", 5, 33)
-    for _ in range(3):
-        close(products.linear(x, stored.t(), None), x.double() @ stored.double(), "float32")
-    assert len(products.copies) == 1
-    stored.mul_(2)
-    close(products.linear(x, stored.t(), None), x.double() @ stored.double(), "float32")
+    made, stored, x = products("float32", SHAPES[0], "all"), drawn("float32", 33, 33), drawn("float32", 5, 33)
+    for _ in range(2):
+        for _ in range(3):
+            close(made.linear(x, stored.t(), None), x.double() @ stored.double(), "float32")
+            close(made.linear(x, stored, None), x.double() @ stored.double().T, "float32")
+            close(made.linear(x, stored[3:9], None), x.double() @ stored[3:9].double().T, "float32")
+            close(made.linear(x, stored[9:15], None), x.double() @ stored[9:15].double().T, "float32")
+        assert kept(made.copies) == 4
+        stored.mul_(2)
 
 
 @pytest.mark.usefixtures("inference")
@@ -115,7 +123,7 @@ def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """A bf16 matrix that does not go into the fp32 memory at once."""
     monkeypatch.setattr(onednn_products, "BLOCK", 100)
     x, weight, bias = drawn("bfloat16", tokens, 33), drawn("bfloat16", 40, 33), drawn("bfloat16", 40)
-    found = Products.of("bfloat16", 97, None, native=False).linear(x, weight, bias)
+    found = products("bfloat16", SHAPES[0], None, native=False).linear(x, weight, bias)
     close(found, x.double() @ weight.double().T + bias.double(), "bfloat16")
 
 
@@ -123,7 +131,7 @@ def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
 @pytest.mark.parametrize("packs", ["none", "head", "all"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_weight_written_to(dtype: str, packs: str) -> None:
-    linear = Products.of(dtype, 97, packs, native=True).linear
+    linear = products(dtype, SHAPES[0], packs, native=True).linear
     x, weight = drawn(dtype, 4, 33), torch.nn.Parameter(drawn(dtype, 97, 33))
     for change in (lambda: weight.mul_(3), lambda: weight[5].zero_(), lambda: weight.copy_(drawn(dtype, 97, 33))):
         close(linear(x, weight, None), x.double() @ weight.double().T, dtype)
@@ -137,23 +145,35 @@ def test_a_weight_written_to(dtype: str, packs: str) -> None:
 def test_packed_copies_go_with_their_weights() -> None:
     copies = Packed()
     a, b, other = (drawn("float32", 97, 33) for _ in range(3))
-    copies(a)
-    copies(a, b)
-    copies(a, other)  # in place of (a, b)
-    copies(b)
-    assert len(copies) == 3
-    del a
-    gc.collect()
-    assert len(copies) == 1
+    for matrices in ((a, None), (a, None, b, None), (a, None, other, None), (b, None), (b, None)):
+        assert copies(matrices) is not None
+    assert kept(copies) == 4
+    a.add_(1)
+    copies((a, None))
+    assert kept(copies) == 4, "a new copy takes the place of the old one"
+    del a, matrices
+    assert kept(copies) == 1
+    first = ref(copies((b, None)))
     del b
-    gc.collect()
-    assert len(copies) == 0
+    assert kept(copies) == 0
+    assert first() is None
+
+
+@pytest.mark.usefixtures("inference")
+def test_packed_copies_go_with_the_operations() -> None:
+    made, weight = products("float32", SHAPES[0], "all"), drawn("float32", 97, 33)
+    made.linear(drawn("float32", 4, 33), weight, None)
+    ((copy,),) = made.copies.copies.values()
+    copy = ref(copy)
+    assert kept(deepcopy(made).copies) == 0
+    del made
+    assert copy() is None
 
 
 @pytest.mark.usefixtures("inference")
 def test_a_copy_is_for_all_of_its_weights() -> None:
     """The second of two may be written to, or die and leave its address to another."""
-    linear, x = Products.of("float32", 97, "all").norm_linear, drawn("float32", 4, 33)
+    linear, x = products("float32", SHAPES[0], "all").norm_linear, drawn("float32", 4, 33)
     norm, first, seen = torch.ones(33), drawn("float32", 8, 33), set()
     for _ in range(20):
         second = drawn("float32", 8, 33)
@@ -170,16 +190,16 @@ def test_a_copy_is_for_all_of_its_weights() -> None:
 def test_a_weight_whose_changes_nobody_counts_is_not_packed() -> None:
     weight, x = torch.randn(97, 33), torch.randn(4, 33)
     assert weight.is_inference()
-    products = Products.of("float32", 97, "all")
+    made = products("float32", SHAPES[0], "all")
     for _ in range(2):
-        close(products.linear(x, weight, None), x.double() @ weight.double().T, "float32")
+        close(made.linear(x, weight, None), x.double() @ weight.double().T, "float32")
         weight.mul_(2)
-    assert not len(products.copies)
+    assert not kept(made.copies)
 
 
 def test_threads_do_not_share_fp32_memory() -> None:
     """Two models that generate at once."""
-    linear = Products.of("bfloat16", 97, None, native=False).linear
+    linear = products("bfloat16", SHAPES[0], None, native=False).linear
     x, wrong = drawn("bfloat16", 16, 512), []
 
     def run() -> None:
@@ -200,7 +220,7 @@ def test_threads_do_not_share_fp32_memory() -> None:
 
 def test_with_gradients_it_is_the_reference() -> None:
     x, weight = torch.randn(4, 33, requires_grad=True), torch.randn(97, 33, requires_grad=True)
-    Products.of("float32", 97, "all").linear(x, weight, None).sum().backward()
+    products("float32", SHAPES[0], "all").linear(x, weight, None).sum().backward()
     assert x.grad is not None
     assert weight.grad is not None
 

@@ -48,14 +48,13 @@ class OneDnn:
     def load(self, request: KernelRequest) -> Callable[..., Any]:
         """The callable of one operation."""
         from nanovllm_kernels import onednn_ops
-        from nanovllm_kernels.onednn_products import Products
+        from nanovllm_kernels.onednn_products import products
 
+        home: Any = onednn_ops
         if request.operation in ("linear", "norm_linear"):
-            found: Callable[..., Any] = getattr(
-                Products.of(request.dtype, request.shape.vocab_size, self.packed), request.operation
-            )
-            return found
-        return getattr(onednn_ops, request.operation)  # type: ignore[no-any-return]
+            home = products(request.dtype, request.shape, self.packed)
+        found: Callable[..., Any] = getattr(home, request.operation)
+        return found
 
 
 @lru_cache

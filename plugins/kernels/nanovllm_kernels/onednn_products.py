@@ -20,6 +20,7 @@ that stay in the cache, and the sum is rounded once, as ever. With its instructi
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -27,13 +28,18 @@ from attrs import field, frozen
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanovllm_core.contracts import Shape
+from nanovllm_core.machine import host_memory
 from nanovllm_kernels import torch_ops
 from nanovllm_kernels.onednn_ops import rms_norm
-from nanovllm_kernels.onednn_packed import Packed, product
+from nanovllm_kernels.onednn_packed import Matrices, Packed
 
 FEW = 64  # tokens up to which products are turned
 PLAIN_BF16 = 2  # tokens up to which torch multiplies bf16 at the memory's speed
 BLOCK = 1 << 20  # values made fp32 at a time
+SHARE = 8  # of the memory that is free: what all packed copies may take unasked
+
+Packs = Literal["none", "head", "all"]
 
 _memory = threading.local()
 
@@ -44,21 +50,12 @@ class Products:
 
     dtype: torch.dtype
     vocab_size: int
-    packs: Literal["none", "head", "all"]
+    packs: Packs
     copies: Packed = field(factory=Packed)
-
-    @classmethod
-    def of(
-        cls, dtype: str, vocab_size: int, packs: Literal["none", "head", "all"] | None, native: bool | None = None
-    ) -> Products:
-        """`native`: whether the CPU has bf16 instructions; None: looked at."""
-        if packs is None and dtype == "bfloat16":
-            packs = "all" if (native if native is not None else has_bf16()) else "none"
-        return cls(getattr(torch, dtype), vocab_size, packs or "head")
 
     def linear(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias in x's dtype."""
-        if x.ndim != 2 or self._not_ours(x, weight_OI):
+        if x.ndim != 2 or torch.is_grad_enabled() or not x.dtype == weight_OI.dtype == self.dtype:
             return torch_ops.linear(x, weight_OI, bias_O)
         return self._each(x, (weight_OI, bias_O))[0]
 
@@ -69,33 +66,40 @@ class Products:
         if more_TC is not None:
             x_TC = x_TC + more_TC
         normed_TC = rms_norm(x_TC, norm_C, eps)
-        if any(self._not_ours(x_TC, w) for w in matrices[::2] if w is not None):
+        plain = torch.is_grad_enabled() or x_TC.dtype != self.dtype or x_TC.ndim != 2
+        if plain or any(w is not None and w.dtype != self.dtype for w in matrices[::2]):
             return x_TC, *map(torch_ops.linear, [normed_TC] * (len(matrices) // 2), matrices[::2], matrices[1::2])
         return x_TC, *self._each(normed_TC, matrices)
 
-    def _not_ours(self, x: Tensor, weight: Tensor) -> bool:
-        return torch.is_grad_enabled() or not x.dtype == weight.dtype == self.dtype
-
-    def _each(self, x_TI: Tensor, matrices: tuple[Tensor | None, ...]) -> list[Tensor]:
+    def _each(self, x_TI: Tensor, matrices: Matrices) -> Sequence[Tensor]:
+        tokens, bf16 = x_TI.shape[0], self.dtype == torch.bfloat16
+        if tokens and self._packs(matrices, tokens, bf16) and (copy := self.copies(matrices)) is not None:
+            return copy.products(x_TI)
         weights = [w for w in matrices[::2] if w is not None]
-        biases = matrices[1::2]
-        tokens, bf16 = len(x_TI), self.dtype == torch.bfloat16
-        if not tokens:
-            return list(map(F.linear, [x_TI] * len(weights), weights, biases))
-        if self._packs(weights, tokens) and (copy := self.copies(*weights)) is not None:
-            return _packed(x_TI, copy, weights, biases)
+        pairs = list(zip(weights, matrices[1::2], strict=True))
         if bf16 and tokens > PLAIN_BF16:
-            x = _operand(x_TI.float(), tokens)
-            return [_through_fp32(x, tokens, w, b) for w, b in zip(weights, biases, strict=True)]
-        if bf16 or tokens > FEW:
-            return list(map(F.linear, [x_TI] * len(weights), weights, biases))
-        x = _operand(x_TI, tokens)
-        return [_turned(x, tokens, w, b).t() for w, b in zip(weights, biases, strict=True)]
+            x_IT = x_TI.float().t()
+            return [_through_fp32(x_IT, w, b) for w, b in pairs]
+        if bf16 or not 0 < tokens <= FEW:
+            return [F.linear(x_TI, w, b) for w, b in pairs]
+        x_IT = (torch.cat((x_TI, x_TI)) if tokens == 1 else x_TI).t()
+        return [_turned(x_IT, w, b).t()[:tokens] for w, b in pairs]
 
-    def _packs(self, weights: list[Tensor], tokens: int) -> bool:
-        if self.packs == "head":
-            return len(weights[0]) == self.vocab_size
-        return self.packs == "all" and (tokens > 1 or self.dtype != torch.bfloat16)
+    def _packs(self, matrices: Matrices, tokens: int, bf16: bool) -> bool:
+        if bf16:
+            return self.packs == "all" and tokens > 1
+        if tokens > FEW or self.packs == "none":
+            return False
+        first = matrices[0]
+        return self.packs == "all" or (first is not None and first.shape[0] == self.vocab_size)
+
+
+def products(dtype: str, shape: Shape, packs: Packs | None = None, native: bool | None = None) -> Products:
+    """`native`: whether the CPU has bf16 instructions; None: looked at."""
+    fits = 4 * shape.parameters <= host_memory() // SHARE
+    if packs is None and dtype == "bfloat16":
+        packs = "all" if (native if native is not None else has_bf16()) else "none"
+    return Products(getattr(torch, dtype), shape.vocab_size, packs or ("all" if fits else "head"))
 
 
 def has_bf16() -> bool:
@@ -108,40 +112,23 @@ def has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _packed(x_TI: Tensor, copy: Tensor, weights: list[Tensor], biases: tuple[Tensor | None, ...]) -> list[Tensor]:
-    bias = None
-    if any(b is not None for b in biases):
-        bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
-    made = product(x_TI, copy, bias)
-    return [made] if len(weights) == 1 else list(made.split_with_sizes([len(w) for w in weights], 1))
-
-
-def _operand(x_TI: Tensor, tokens: int) -> Tensor:
-    """What `_turned` and `_through_fp32` multiply by: [I, T], a single token twice."""
-    return (torch.cat((x_TI, x_TI)) if tokens == 1 else x_TI).t()
-
-
-def _turned(x_IT: Tensor, tokens: int, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+def _turned(x_IT: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """weight @ x + bias, [O, T]."""
     made = torch.mm(weight_OI, x_IT)
-    if tokens == 1:
-        made = made[:, :1]
     return made if bias_O is None else made.add_(bias_O.unsqueeze(1))
 
 
-def _through_fp32(x_IT: Tensor, tokens: int, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+def _through_fp32(x_IT: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """[T, O] in the weight's dtype, of an fp32 x: blocks of rows of the weight made fp32."""
-    outputs, inputs = weight_OI.shape
+    (outputs, inputs), tokens = weight_OI.shape, x_IT.shape[1]
     rows = max(1, BLOCK // inputs)
     made = torch.empty(tokens, outputs, dtype=weight_OI.dtype)
     for first in range(0, outputs, rows):
         block = weight_OI[first : first + rows]
         wide = _scratch(block.numel()).view(block.shape).copy_(block)
         bias = None if bias_O is None else bias_O[first : first + rows].float()
-        if tokens <= FEW:
-            made[:, first : first + rows] = _turned(x_IT, tokens, wide, bias).t()
-        else:
-            made[:, first : first + rows] = F.linear(x_IT.t(), wide, bias)
+        product = _turned(x_IT, wide, bias).t() if tokens <= FEW else F.linear(x_IT.t(), wide, bias)
+        made[:, first : first + rows] = product
     return made
 
 

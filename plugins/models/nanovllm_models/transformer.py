@@ -111,15 +111,16 @@ class _Attention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, cos_TH: Tensor, sin_TH: Tensor, batch: Batch, kv: KV | None
     ) -> Tensor:
-        ops, heads = self.ops, (-1, self.head_dim)  # -1: a tensor-parallel rank holds part of the heads
-        q_TNH, k_TKH, v_TKH = (x.unflatten(1, heads) for x in (q, k, v))
+        ops, h = self.ops, self.head_dim
+        # A tensor-parallel rank holds part of the heads.
+        q_TNH, k_TKH, v_TKH = [x.view(x.shape[0], x.shape[1] // h, h) for x in (q, k, v)]
         if self.q_norm is not None and self.k_norm is not None:
             norms = self.q_norm.weight, self.k_norm.weight
             q_TNH, k_TKH = ops.norm_rotary(q_TNH, k_TKH, *norms, self.eps, cos_TH, sin_TH)
         else:
             q_TNH, k_TKH = ops.rotary(q_TNH, k_TKH, cos_TH, sin_TH)
         o_TNH = ops.attend(q_TNH, k_TKH, v_TKH, batch, kv, self.window)
-        return ops.linear(o_TNH.flatten(1), self.o_proj.weight, self.o_proj.bias)
+        return ops.linear(o_TNH.flatten(1), *matrices(self.o_proj))
 
 
 class _MLP(nn.Module):
@@ -135,4 +136,4 @@ class _MLP(nn.Module):
         return matrices(self.gate_proj, self.up_proj)
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.ops.swiglu_linear(gate, up, self.down_proj.weight, self.down_proj.bias)
+        return self.ops.swiglu_linear(gate, up, *matrices(self.down_proj))
