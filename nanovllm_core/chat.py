@@ -14,6 +14,8 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> lis
 
     Raises GenerationError for what is no conversation, ModelError where there is no template or it refuses.
     """
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise GenerationError(f"chat: got {messages!r:.80}, allowed: a list of messages")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise GenerationError(f"chat: message {i}: got {message!r:.80}, allowed: {{'role': text, 'content': text}}")

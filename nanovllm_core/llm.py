@@ -66,19 +66,27 @@ class LLM:
     ) -> None:
         if dtype not in PRECISION:
             raise GenerationError(f"LLM: dtype: got {dtype!r}, allowed: {', '.join(PRECISION)}")
+        for name, value, least in (
+            ("batch_size", batch_size, None), ("kv_cache_tokens", kv_cache_tokens, None), ("max_model_len", max_model_len, None),
+            ("tensor_parallel_size", tensor_parallel_size, 1),
+        ):  # fmt: skip
+            good = (
+                value is least
+                if value is None
+                else isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            )
+            if not good:
+                raise GenerationError(
+                    f"LLM: {name}: got {value!r}, allowed: {'1 and more' if least else 'None, or 1 and more'}"
+                )
         if tensor_parallel_size > 1 and (registry is not None or machine is not None):
             raise GenerationError(
                 "LLM: tensor_parallel_size: the other processes know no registry and machine of yours; leave them out"
             )
-        if not 0 < gpu_memory_utilization <= 1:
+        if not isinstance(gpu_memory_utilization, int | float) or not 0 < gpu_memory_utilization <= 1:
             raise GenerationError(
                 f"LLM: gpu_memory_utilization: got {gpu_memory_utilization!r}, allowed: above 0 and at most 1"
             )
-        for name, value in (
-            ("batch_size", batch_size), ("kv_cache_tokens", kv_cache_tokens), ("tensor_parallel_size", tensor_parallel_size)
-        ):  # fmt: skip
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise GenerationError(f"LLM: {name}: got {value!r}, allowed: 1 and more")
         recipe = {
             "model": {**(model if isinstance(model, Mapping) else {"use": model}), "path": fspath(path)},
             "kernels": kernels,
@@ -103,12 +111,12 @@ class LLM:
         self.max_model_len = max_model_len or min(limit, pages * PAGE)
         self.engine = Engine(
             self.module, self.tokenizer, shape, device,
-            max_len=self.max_model_len, pages=pages, most=self.batch_size, group=self._ranks.group if self._ranks else None,
+            max_len=self.max_model_len, pages=pages, most=self.batch_size, talk=self._ranks.talk if self._ranks else None,
         )  # fmt: skip
         self._driver = Driver(self.engine)
 
     def close(self) -> None:
-        """End the other processes of tensor_parallel_size; nothing can be generated afterwards."""
+        """End the other processes of tensor_parallel_size, if there are any; without them nothing can be generated."""
         if self._ranks is not None:
             self._ranks.end()
 
@@ -159,7 +167,7 @@ class LLM:
         `token_ids` are what is new, `finish_reason` is None before the last; leaving the iterator ends the answers.
         Raises GenerationError for a prompt that is too long or parameters that do not match.
         """
-        asked = self._asked(prompts, sampling_params)
+        asked = self.engine.answers(*_checked(prompts, sampling_params))
         answers = [s for sequences in asked for s in sequences]
         if stream:
             return self._driver.stream(answers)
@@ -177,7 +185,7 @@ class LLM:
 
         Returns as `generate`. Raises ModelError where the model has no template, or it refuses the conversation.
         """
-        single = not messages or isinstance(messages[0], Mapping)
+        single = not isinstance(messages, Sequence) or not messages or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         return self.generate([chat_ids(self.tokenizer, c) for c in conversations], sampling_params, use_tqdm)
 
@@ -188,25 +196,8 @@ class LLM:
 
         Many may be awaited at once: they are answered together. Who leaves early, or is cancelled, ends the answers.
         """
-        return self._driver.astream(prompt, sampling_params or SamplingParams())
-
-    def _asked(
-        self, prompts: Prompt | Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[list[Answer]]:
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        wanted: list[Any] = [prompts] if single else list(prompts)
-        for i, prompt in enumerate(wanted):
-            if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence):
-                raise GenerationError(
-                    f"prompt {i}: got {type(prompt).__name__}, allowed: a text, or a list of token ids"
-                )
-        given = given if given is not None else SamplingParams()
-        params = [given] * len(wanted) if isinstance(given, SamplingParams) else list(given)
-        if len(params) != len(wanted):
-            raise GenerationError(
-                f"generate: got {len(wanted)} prompts and {len(params)} sampling parameters; give one, or one each"
-            )
-        return self.engine.answers(wanted, params)
+        [prompt], [params] = _checked([prompt], [sampling_params or SamplingParams()])
+        return self._driver.astream(prompt, params)
 
     def _shown(self, answers: list[Answer], use_tqdm: bool) -> Iterator[None]:
         """Drive until all are over, with a bar that counts them."""
@@ -220,5 +211,36 @@ class LLM:
         with Progress(console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task("answers", total=len(answers))
             for _ in self._driver.run(answers):
-                bar.update(task, completed=sum(1 for s in answers if s.finish_reason is not None))
+                if console.is_terminal:
+                    bar.update(task, completed=sum(1 for s in answers if s.finish_reason is not None))
                 yield
+
+
+def _checked(
+    prompts: Prompt | Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
+) -> tuple[list[Prompt], list[SamplingParams]]:
+    """A prompt each, and parameters each. Raises GenerationError for what is neither."""
+    single = isinstance(prompts, str) or (
+        isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], int)
+    )
+    if not isinstance(prompts, str | Sequence) or isinstance(prompts, bytes):
+        raise GenerationError(
+            f"generate: prompts: got {type(prompts).__name__}, allowed: a text, token ids, or a list of these"
+        )
+    wanted: list[Any] = [prompts] if single else list(prompts)
+    for i, prompt in enumerate(wanted):
+        if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence):
+            raise GenerationError(f"prompt {i}: got {type(prompt).__name__}, allowed: a text, or a list of token ids")
+    params: list[Any] = [given if given is not None else SamplingParams()] * len(wanted)
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        params = list(given)
+    for one in params:
+        if not isinstance(one, SamplingParams):
+            raise GenerationError(
+                f"generate: sampling_params: got {one!r:.60}, allowed: SamplingParams(...), or a list of them, one a prompt"
+            )
+    if len(params) != len(wanted):
+        raise GenerationError(
+            f"generate: got {len(wanted)} prompts and {len(params)} sampling parameters; give one, or one each"
+        )
+    return wanted, params

@@ -20,6 +20,7 @@ from attrs import evolve
 
 from nanovllm_core.contracts import Module, Shape
 from nanovllm_core.errors import GenerationError
+from nanovllm_core.inference.ranks import Talk
 from nanovllm_core.machine import Machine
 from nanovllm_core.plan_model import ModelPlan, plan_model
 from nanovllm_core.recipe import Recipe
@@ -34,7 +35,7 @@ class Ranks:
 
     def __init__(self, size: int, group: Any) -> None:
         """group: of their messages."""
-        self.size, self.group = size, group
+        self.size, self.talk = size, Talk(group)
         self.end: Callable[[], object] = lambda: None
 
     @classmethod
@@ -74,7 +75,7 @@ class Ranks:
         before = torch.get_num_threads()
         if not torch.cuda.is_available():
             torch.set_num_threads(min(threads, before))
-        ranks.end = weakref.finalize(ranks, _end, ranks.group, others, before)  # also when Python ends
+        ranks.end = weakref.finalize(ranks, _end, ranks.talk, others, before)  # also when Python ends
         return ranks
 
     def mesh(self, device: str) -> Any:
@@ -142,8 +143,8 @@ def _join(store: Any, rank: int, size: int) -> Any:
         raise GenerationError(f"LLM: tensor_parallel_size: the {size} ranks did not meet: {e}") from e
 
 
-def _end(group: Any, others: list[subprocess.Popen[str]], threads: int) -> None:
-    """Let the other ranks go, by force where they do not hear."""
+def _end(talk: Talk, others: list[subprocess.Popen[str]], threads: int) -> None:
+    """Let the other ranks go, by force where they cannot hear."""
     from contextlib import suppress
 
     import torch
@@ -151,8 +152,13 @@ def _end(group: Any, others: list[subprocess.Popen[str]], threads: int) -> None:
 
     from nanovllm_core.inference.ranks import say_end
 
-    with suppress(Exception):
-        say_end(group)
+    if talk.torn:
+        for process in others:
+            process.kill()
+    else:
+        with suppress(Exception):
+            say_end(talk.group)
+    talk.torn = True
     for process in others:
         try:
             process.wait(5)
@@ -183,7 +189,7 @@ def main() -> None:
     ranks = Ranks(size, _join(store, rank, size))
     module: Module = assemble(plan, machine.device, seed=0, training=False, mesh=ranks.mesh(machine.device)).module
     try:
-        follow(module, local_shape(plan.shape, size), machine.device, ranks.group)
+        follow(module, local_shape(plan.shape, size), machine.device, ranks.talk.group)
     except RuntimeError:  # the first rank is gone
         os._exit(1)
     distributed.destroy_process_group()

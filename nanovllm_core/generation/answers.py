@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nanovllm_core.errors import OutputError
@@ -22,7 +23,8 @@ from nanovllm_core.files import read_json, replace_text, sync, writing
 
 FORMAT = 1
 SYNCED = 5.0  # seconds
-BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}  # some tools take them for line ends
+# some tools take them for line ends
+BREAKS = MappingProxyType({0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"})
 MISSING = -1
 
 

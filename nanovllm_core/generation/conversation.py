@@ -69,6 +69,8 @@ class Conversation:
             engine.abort(sequence)
             if said or sequence.finish_reason != "abort":
                 self.messages = [*asked, {"role": "assistant", "content": said}]
+        if sequence.error is not None:
+            raise sequence.error
         self.note = ""
         if sequence.finish_reason == "length":
             self.note = f"the answer ends at --max-tokens {self.params.max_tokens:,}"

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from attrs import evolve, fields, frozen
@@ -199,7 +200,7 @@ def _messages(asked: Any) -> None:
             raise GenerationError(f"messages[{i}]: got {shown(m)}, allowed: {good}")
 
 
-_CHECKS = {"prompt": _text, "token_ids": _ids, "messages": _messages}
+_CHECKS = MappingProxyType({"prompt": _text, "token_ids": _ids, "messages": _messages})
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 from contextlib import suppress
-from types import FrameType
+from types import FrameType, MappingProxyType
 
 from nanovllm_core.errors import GenerationError, NanoError
 from nanovllm_core.generation.conversation import Conversation
@@ -22,7 +22,8 @@ HELP = '/reset begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C ends an
 COMMANDS = ("/exit", "/help", "/reset")
 BLOCK = '"""'
 PASTED = 0.05  # seconds within which the lines of a paste follow each other
-SHOWN = {c: "\ufffd" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"}  # a terminal would obey them
+# a terminal would obey them
+SHOWN = MappingProxyType({c: "\ufffd" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"})
 
 
 def talk(args: argparse.Namespace) -> int:

@@ -1,1 +1,1 @@
-"""Generation: what to draw (`sampling`), what to keep (`kv`), where text ends (`stopping`), the loop (`generate`)."""
+"""The engine: sequences, pages of their keys and values, what each forward reads, draws, and callers that share it."""

@@ -40,16 +40,20 @@ class Driver:
         Those that are not over when the caller leaves are aborted.
         """
         self._word.append(lambda: self.engine.enqueue(sequences))
+        over = 0  # of the first ones
         try:
-            while any(s.finish_reason is None for s in sequences):
+            while over < len(sequences):
+                if sequences[over].finish_reason is not None:
+                    over += 1
+                    continue
                 with self._turn:
                     self._step()
                 yield
             _raise(sequences)
         finally:
-            with self._turn:
-                self._hear()
-                self._abort(sequences)
+            # The garbage collector may end this within a step, of this thread or another: who has the turn hears it then.
+            self._word.append(lambda: self._abort(sequences))
+            self._hear_if_free()
 
     def stream(self, sequences: Many[Sequence]) -> Iterator[dict[str, Any]]:
         """The pieces of these answers as they are made."""
@@ -93,6 +97,7 @@ class Driver:
             with self._turn:
                 self._step()
                 busy = self.engine.busy
+            self._hear_if_free()
             if not busy:
                 with self._gate:
                     if not self._word:
@@ -100,6 +105,14 @@ class Driver:
                         return
 
     # ------------------------------------------------------------ with the turn
+
+    def _hear_if_free(self) -> None:
+        """Hear what was left, unless another has the turn, who does so when it ends."""
+        while self._word and self._turn.acquire(blocking=False):
+            try:
+                self._hear()
+            finally:
+                self._turn.release()
 
     def _hear(self) -> None:
         while self._word:

@@ -9,7 +9,7 @@ is safe for several threads: see `driving`.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.paged import PagedRunner
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.params import SamplingParams
-from nanovllm_core.inference.ranks import leading
+from nanovllm_core.inference.ranks import Talk, leading
 from nanovllm_core.inference.rows import PREFILL, RowsRunner, WholeRunner
 from nanovllm_core.inference.sampling import NotFinite, draw
 from nanovllm_core.inference.scheduler import Part, Scheduler
@@ -54,10 +54,10 @@ class Engine:
         page_size: int = PAGE,
         most: int = 256,
         budget: int = BUDGET,
-        group: Any = None,
+        talk: Talk | None = None,
     ) -> None:
         """max_len: positions that prompt and answer may fill together; pages: of the cache, `page_size` tokens each;
-        most: answers that are made at once; budget: tokens of a forward, at least `most`; group: of the ranks that hold the model
+        most: answers that are made at once; budget: tokens of a forward, at least `most`; talk: with the ranks that hold the model
         together, which follow this one (`ranks.follow`).
 
         Raises GenerationError where an answer of `max_len` would not fit in the pages.
@@ -77,7 +77,7 @@ class Engine:
                 )
             self.pool = PagePool(pages, page_size)
             runner = PagedRunner(module, shape, self.pool, device)
-            self.runner = runner if group is None else leading(runner, group)
+            self.runner = runner if talk is None else leading(runner, talk)
         budget = PREFILL if self.pool is None else budget
         self.scheduler = Scheduler(self.pool, budget=max(budget, most), most=most)
 
@@ -164,7 +164,7 @@ class Engine:
     def _forked(self, sequence: Sequence) -> list[Sequence]:
         """Those of the other answers to its prompt that could join it now."""
         joined = []
-        for other in [s for s in self.scheduler.waiting if s.like is sequence]:
+        for other in [s for s in sequence.siblings if s.finish_reason is None]:
             copies = self.scheduler.fork(other, sequence)
             if copies is None:
                 break

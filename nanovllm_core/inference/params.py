@@ -94,10 +94,13 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType({
     "min_p": (lambda v: _number(v) and 0 <= v <= 1, "allowed: 0 to 1"),
     "repetition_penalty": (lambda v: _number(v) and 0.01 <= v <= 100, "allowed: 0.01 to 100"),
     "max_tokens": (lambda v: _whole(v) and v >= 1, "allowed: 1 and more"),
-    "stop": (lambda v: all(isinstance(s, str) and s for s in v), "allowed: texts that are not empty"),
+    "stop": (
+        lambda v: len(v) <= 64 and all(isinstance(s, str) and 0 < len(s) <= 1000 for s in v),
+        "allowed: up to 64 texts of 1 to 1000 characters",
+    ),
     "stop_token_ids": (lambda v: all(_whole(i) and i >= 0 for i in v), "allowed: token ids"),
     "seed": (lambda v: v is None or (_whole(v) and 0 <= v < 2**63), "allowed: None, or 0 to 2**63 - 1"),
-    "n": (lambda v: _whole(v) and v >= 1, "allowed: 1 and more"),
+    "n": (lambda v: _whole(v) and 1 <= v <= 1024, "allowed: 1 to 1024"),
     "logprobs": (lambda v: v is None or (_whole(v) and 0 <= v <= MOST_LOGPROBS), f"allowed: None, or 0 to {MOST_LOGPROBS}"),
     "ignore_eos": (lambda v: isinstance(v, bool), "allowed: True or False"),
 })  # fmt: skip

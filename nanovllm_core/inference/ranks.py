@@ -7,14 +7,17 @@ it ends when the first rank says so, or is gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from attrs import define
 from torch import Tensor, distributed
 
 from nanovllm_core.contracts import Module, Shape
+from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.paged import PagedRunner
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.scheduler import Part
@@ -22,33 +25,58 @@ from nanovllm_core.inference.scheduler import Part
 END, PAGES, READ, COPY = range(4)
 
 
+@define(eq=False)
+class Talk:
+    """How the first rank speaks to the others."""
+
+    group: Any
+    torn: bool = False  # a step was begun and not ended, so nobody knows what the others wait for; or they were let go
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """A step, which all ranks do to its end, or none hears of again. Raises GenerationError after one that was torn."""
+        if self.torn:
+            raise GenerationError(
+                "the ranks of tensor_parallel_size are no more, or were interrupted in a step: close this LLM and make another"
+            )
+        self.torn = True
+        yield
+        self.torn = False
+
+
 class Leading:
     """The first rank's runner: tells the others, then does its own part."""
 
-    def __init__(self, runner: PagedRunner, group: Any) -> None:
-        self.runner, self.group = runner, group
+    def __init__(self, runner: PagedRunner, talk: Talk) -> None:
+        self.runner, self.talk = runner, talk
 
     def forward(self, parts: Many[Part]) -> Tensor:
         """The logits [n, V] after each part that reaches its sequence's end, in order."""
+        with self.talk.whole():
+            return self._forward(parts)
+
+    def _forward(self, parts: Many[Part]) -> Tensor:
         told = [len(parts)]
         for part in parts:
             pages = part.sequence.pages[: self.runner.pool.needed(part.last)]
             told += [part.first, part.last, part.ends, len(pages), *pages, *part.sequence.tokens(part.first, part.last)]
-        _send(READ, told, self.group)
+        _send(READ, told, self.talk.group)
         return self.runner.forward(parts)
 
     def copy(self, source: int, target: int) -> None:
-        _send(COPY, [source, target], self.group)
-        self.runner.copy(source, target)
+        with self.talk.whole():
+            _send(COPY, [source, target], self.talk.group)
+            self.runner.copy(source, target)
 
     def left(self, row: int, last: int) -> None:
         """Nothing stands in rows here."""
 
 
-def leading(runner: PagedRunner, group: Any) -> Leading:
+def leading(runner: PagedRunner, talk: Talk) -> Leading:
     """The first rank's runner, once the others have made theirs of the same pages."""
-    _send(PAGES, [runner.pool.count, runner.pool.size], group)
-    return Leading(runner, group)
+    with talk.whole():
+        _send(PAGES, [runner.pool.count, runner.pool.size], talk.group)
+    return Leading(runner, talk)
 
 
 def say_end(group: Any) -> None:

@@ -38,10 +38,15 @@ class Sequence:
     keys: list[bytes] = field(factory=list)  # of its full pages that are computed
     advanced: Callable[[], None] | None = None  # called when it got a token or is over
     shown: tuple[int, str | None] = (0, None)  # tokens, and why it is over: what other threads may read of it
+    met: set[int] | None = field(init=False)  # tokens that it has, where they are made less likely
+    siblings: list[Sequence] = field(factory=list)  # the other answers to its prompt; of the first one alone
     generator: torch.Generator = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.generator = self.params.generator()
+        self.met = None if self.params.repetition_penalty == 1 else {*self.prompt, *self.ids}
+        if self.like is not None:
+            self.like.siblings.append(self)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.ids)
@@ -56,6 +61,8 @@ class Sequence:
     def take(self, token: int, stop_ids: Many[int]) -> None:
         """Append a token and see whether the answer is over."""
         self.ids.append(token)
+        if self.met is not None:
+            self.met.add(token)
         if token in self.params.stop_token_ids or (token in stop_ids and not self.params.ignore_eos):
             self.finish_reason = "stop"
             return

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from nanovllm_core.contracts import Tokenizer
 
 _UNFINISHED = "\ufffd"  # what a tokenizer makes of incomplete UTF-8
+_MOST = 8  # tokens after which what is unfinished will stay so: a character has at most four bytes
 
 
 class GrowingText:
@@ -28,9 +29,11 @@ class GrowingText:
         known = self.tokenizer.decode(ids[self.start : self.shown])
         window = self.tokenizer.decode(ids[self.start :])
         if len(window) <= len(known):
+            if window == known:  # of tokens without a text
+                self.start, self.shown = self.shown, len(ids)
             return self.text
         text = self.text + window[len(known) :]
-        if not window.endswith(_UNFINISHED):
+        if not window.endswith(_UNFINISHED) or len(ids) - self.shown > _MOST:
             self.text, self.start, self.shown = text, self.shown, len(ids)
         return text
 

@@ -31,7 +31,9 @@ EVENTS = (
     (b"x-accel-buffering", b"no"),  # a proxy is to pass each event on at once
 )
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: `json.dumps` makes it anew
+
+def _encode(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 @define(eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 from ipaddress import ip_address
-from urllib.parse import urlsplit
+from urllib import parse
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -57,7 +57,9 @@ class Guard:
         """Browsers send it with every request that could do something."""
         for origin in given:
             same = (
-                urlsplit(origin).netloc.lower() == host.lower() if origin.startswith(("http://", "https://")) else False
+                parse.urlsplit(origin).netloc.lower() == host.lower()
+                if origin.startswith(("http://", "https://"))
+                else False
             )
             if not same and origin not in self.settings.origins:
                 raise ApiError(
@@ -83,7 +85,7 @@ def check_key(headers: Headers, key: str | None) -> None:
 def _name(host: str) -> str | None:
     """The name or address in a Host header, in lower case and without the dot that may end it."""
     try:
-        return (urlsplit(f"//{host}").hostname or "").removesuffix(".") or None
+        return (parse.urlsplit(f"//{host}").hostname or "").removesuffix(".") or None
     except ValueError:
         return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
-from functools import cache
 from hashlib import sha256
 from importlib.resources import files
 
@@ -12,12 +11,10 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 
-@cache
 def _text() -> str:
     return (files("nanovllm_core.server") / "page.html").read_text("utf-8")
 
 
-@cache
 def policy() -> str:
     """The page's Content-Security-Policy."""
 

@@ -75,6 +75,11 @@ def gone(pid: int) -> bool:
     return False
 
 
+def interrupted(parts):
+    """Ctrl-C when the others were told."""
+    raise KeyboardInterrupt
+
+
 def children() -> set[int]:
     with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
         return {int(pid) for pid in file.read().split()}
@@ -96,6 +101,18 @@ def test_two_processes_answer_as_one(saved):
     assert not torch.distributed.is_initialized()
 
     llm = LLM(saved, tensor_parallel_size=2)  # one after another is allowed
+    [other] = children() - before
+    forward = llm.engine.runner.runner.forward
+    llm.engine.runner.runner.forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, PARAMS)
+    llm.engine.runner.runner.forward = forward
+    with pytest.raises(GenerationError, match="interrupted in a step: close this LLM and make another"):
+        llm.generate(PROMPTS, PARAMS)
+    llm.close()
+    assert gone(other)
+
+    llm = LLM(saved, tensor_parallel_size=2)
     [other] = children() - before
     os.kill(other, signal.SIGKILL)
     with pytest.raises(GenerationError, match="the model failed"):

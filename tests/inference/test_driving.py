@@ -192,6 +192,30 @@ def test_an_interruption_in_a_step_leaves_no_page_behind(
     assert [a.output(model.tokenizer) for a in again] == wanted
 
 
+def test_a_stream_that_the_garbage_collector_ends_within_a_step(
+    model, driver, prompts_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not wait for the turn, which its own thread has."""
+    prompts = prompts_of(2, 9, seed=7)
+    params = [SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)] * 2
+    wanted, forward = model(prompts[1:], params[1:]), driver.engine.runner.forward
+    left = asked(driver, prompts[:1], params[:1])
+    holder: list = [driver.stream(left)]
+    next(holder[0])
+
+    def ends_it(parts):
+        if holder:
+            holder.pop().close()
+        return forward(parts)
+
+    monkeypatch.setattr(driver.engine.runner, "forward", ends_it)
+    answers = asked(driver, prompts[1:], params[1:])
+    list(driver.run(answers))
+    assert [a.output(model.tokenizer) for a in answers] == wanted
+    assert left[0].finish_reason == "abort"
+    settled(driver)
+
+
 def test_a_prompt_that_cannot_be_answered_is_told_at_once(driver) -> None:
     async def ask() -> None:
         async for _ in driver.astream([5] * 600, SamplingParams()):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.params import SamplingParams
-from nanovllm_core.inference.sampling import CANDIDATES, _invert, draw, sample
+from nanovllm_core.inference.sampling import CANDIDATES, _from_likeliest, _invert, draw, sample
 from nanovllm_core.inference.sequence import Sequence
 from nanovllm_core.inference.stopping import StopTexts
 
@@ -92,6 +92,23 @@ def test_a_large_vocabulary_keeps_exactly_what_the_definition_keeps(top_k, top_p
     assert len(seen - support) <= 1  # the last kept token may fall on either side of top_p in the last bit
     if len(support) < 50:
         assert seen >= {i for i, x in enumerate(reference) if x > 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, 0.5), (1500, 0.5), (2500, 0.3), (2500, 0.9), (2999, 0.97), (1024, 0.9)]
+)
+def test_top_p_is_of_what_top_k_leaves(top_k, top_p) -> None:
+    """Numbers spread evenly over both halves of a draw meet all that the definition keeps, as often as it says."""
+    logits = 0.3 * torch.randn(3000, generator=torch.Generator().manual_seed(5))
+    p = SamplingParams(top_k=top_k, top_p=top_p)
+    wanted = torch.tensor(distribution(logits.double().tolist(), p))
+    grid = (torch.arange(80, dtype=torch.float64) + 0.5) / 80
+    u = torch.cartesian_prod(grid, grid)
+    probs = torch.softmax(logits, -1).expand(len(u), -1)
+    found = torch.bincount(_from_likeliest(probs, u, [p] * len(u)), minlength=3000) / len(u)
+    assert float((found[wanted == 0]).sum()) <= 2 / 80
+    assert abs(int((found > 0).sum()) / int((wanted > 0).sum()) - 1) < 0.1
+    assert float((found - wanted).abs().sum()) < 0.4  # of a grid this wide; half of the tokens would make it 1
 
 
 def test_greedy_takes_the_first_largest_and_draws_nothing() -> None:

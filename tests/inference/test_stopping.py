@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nanovllm_tokenizers.bpe import train
 
-from nanovllm_core.inference.stopping import StopTexts
+from nanovllm_core.inference.stopping import GrowingText, StopTexts
 
 
 class Bytes:
@@ -113,3 +114,17 @@ def test_real_tokenizers(name: str) -> None:
     ids = tokenizer.encode("The end. User: who? \U0001f9d1\u200d\U0001f680 then more")
     assert one_by_one(tokenizer, ids, ["\nUser", "er: w"])[0] == "The end. Us"
     assert one_by_one(tokenizer, ids, ["\u200d\U0001f680 t"])[0] == "The end. User: who? \U0001f9d1"
+
+
+def test_text_that_stays_unfinished_is_let_go() -> None:
+    """Lone bytes of characters, and tokens without a text: each token is decoded a few times, not all again."""
+    tokenizer = train(["ä" * 9], 300)
+    lone = next(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\ufffd")
+    silent = tokenizer.end_id
+    assert tokenizer.decode([silent]) == ""
+    for ids in ([lone] * 100, [silent] * 100, [lone, silent] * 50):
+        growing = GrowingText(tokenizer)
+        for count in range(1, 101):
+            growing.grow(ids[:count])
+            assert count - growing.start <= 20
+        assert growing.text == tokenizer.decode(ids)[: len(growing.text)]

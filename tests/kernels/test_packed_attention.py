@@ -30,7 +30,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, win
     assert cu_seqlens.dtype == torch.int32
     assert max(lengths) == longest
     assert all(x.stride(2) == 1 for x in (q, k, v))
-    return defined(q, k, v, pack(*lengths), None, window)
+    return defined(q, k, v, pack(*lengths), window)
 
 
 @frozen(kw_only=True, eq=False)

@@ -74,10 +74,11 @@ def _past(pages_PSKH: Tensor, paging: Paging, d: int) -> Tensor:
 def _decode(q_BNH: Tensor, kv: KV, paging: Paging, window: int | None) -> Tensor:
     """One token a sequence."""
     b, n, h = q_BNH.shape
-    if b == 1 or (q_BNH.device.type == "cpu" and sum(paging.contexts) >= LONG * b):
+    total, longest = sum(paging.contexts), max(paging.contexts)
+    if b == 1 or (q_BNH.device.type == "cpu" and (total >= LONG * b or longest * b > 4 * total)):
         return torch.cat([_sequence(q_BNH[d : d + 1], kv, paging, d, window) for d in range(b)])
     size, kv_heads = kv.k_PSKH.shape[1:3]
-    longest, device = max(paging.contexts), q_BNH.device
+    device = q_BNH.device
     tables_BP = paging.tables_DP[:, : -(-longest // size)]
     k_BKSH, v_BKSH = (
         pages[tables_BP].flatten(1, 2).to(q_BNH.dtype).transpose(1, 2) for pages in (kv.k_PSKH, kv.v_PSKH)
