@@ -96,13 +96,14 @@ class Driver:
         while True:
             with self._turn:
                 self._step()
-                busy = self.engine.busy
-            self._hear_if_free()
-            if not busy:
-                with self._gate:
-                    if not self._word:
-                        self._thread = None
-                        return
+            with self._gate:  # nobody leaves word now; and with the turn, nobody is hearing one
+                if self._turn.acquire(blocking=False):
+                    try:
+                        if not self._word and not self.engine.busy:
+                            self._thread = None
+                            return
+                    finally:
+                        self._turn.release()
 
     # ------------------------------------------------------------ with the turn
 

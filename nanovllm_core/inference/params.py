@@ -57,7 +57,7 @@ class SamplingParams:
     def __attrs_post_init__(self) -> None:
         for name, (good, allowed) in _ALLOWED.items():
             if not good(value := getattr(self, name)):
-                raise GenerationError(f"SamplingParams: {name}: got {value!r}, {allowed}")
+                raise GenerationError(f"SamplingParams: {name}: got {value!r:.80}, {allowed}")
 
     @property
     def greedy(self) -> bool:

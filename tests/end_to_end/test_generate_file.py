@@ -310,7 +310,7 @@ def test_many_wrong_lines_are_told_together(place, go):
     [
         (("--top-k", 0), "--top-k: got 0, allowed: None, or 1 and more"),
         (("--stop-token-id", -1), "--stop-token-id: got (-1,), allowed: token ids"),
-        (("--n", 0), "--n: got 0, allowed: 1 and more"),
+        (("--n", 0), "--n: got 0, allowed: 1 to 1024"),
         (("--batch-size", 0), "batch_size: got 0"),
         (("--max-model-len", 0), "max_model_len: got 0, the model takes 1 to 4096"),
         (("--kernels", "tirton"), "did you mean 'triton'"),

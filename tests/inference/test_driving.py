@@ -148,6 +148,62 @@ def test_threads_share_the_engine(model, driver, prompts_of) -> None:
     settled(driver)
 
 
+def test_short_questions_of_threads_and_event_loops_are_all_answered(model, driver, prompts_of) -> None:
+    """The engine's thread ends and begins between them, and callers hear each other's words."""
+    prompts = prompts_of(40, 9, seed=8)
+    params = [SamplingParams(temperature=0, max_tokens=1 + i % 3, ignore_eos=True) for i in range(40)]
+    wanted, found = model(prompts, params), [[] for _ in range(40)]
+    stop = threading.Event()
+
+    def drives() -> None:
+        while not stop.is_set():
+            for _ in driver.run(asked(driver, prompts[:1], params[:1])):
+                pass
+
+    async def one(i: int) -> None:
+        async for piece in driver.astream(prompts[i], params[i]):
+            found[i] += piece["token_ids"]
+
+    async def all_of_them() -> None:
+        for first in range(0, 40, 2):
+            await asyncio.wait_for(asyncio.gather(one(first), one(first + 1)), 60)
+
+    thread = threading.Thread(target=drives)
+    thread.start()
+    try:
+        asyncio.run(all_of_them())
+    finally:
+        stop.set()
+        thread.join()
+    assert found == [o["token_ids"] for o in wanted]
+    settled(driver)
+
+
+def test_word_that_is_left_when_the_thread_is_about_to_end_is_heard(
+    model, driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question comes at any moment of the thread: here behind each of its steps, while nothing else is to do."""
+    one = SamplingParams(temperature=0, max_tokens=1)
+    step, more = driver._step, []
+
+    def leaves_more() -> None:
+        step()
+        if not driver.engine.busy and len(more) < 5:
+            more.append(asked(driver, [[5, 6]], [one]))
+            driver._word.append(lambda: driver.engine.enqueue(more[-1]))
+
+    monkeypatch.setattr(driver, "_step", leaves_more)
+
+    async def ask() -> None:
+        async for _ in driver.astream([5], one):
+            pass
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+    settled(driver)
+    assert len(more) == 5
+    assert all(s.finish_reason == "length" for [s] in more)
+
+
 def test_an_error_ends_who_runs_and_not_the_engine(model, driver, prompts_of, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, params = prompts_of(4, 9, seed=5), [SamplingParams(temperature=0, max_tokens=20)] * 4
     wanted, forward, calls = model(prompts, params), driver.engine.runner.forward, []

@@ -92,7 +92,7 @@ def test_several_prompts_with_several_answers_stream_together(client):
     for chunk in client.completions.create(**asked, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == [c.text for c in whole.choices]
-    assert len(set(texts)) == 6
+    assert len(set(texts[:3])) == len(set(texts[3:])) == 3
     assert whole.usage.completion_tokens == sum([9] * 6)
 
 
@@ -178,15 +178,15 @@ BAD = {
     "unknown": ({"extra_body": {"temprature": 1}}, "did you mean 'temperature'"),
     "temperature": ({"temperature": -1}, "got -1, allowed: a number from 0 on"),
     "top_p": ({"top_p": 2}, "above 0 and at most 1"),
-    "n": ({"n": 0}, "allowed: 1 and more"),
-    "many": ({"n": 100_000}, "asks for 100000 answers at once, allowed: 320"),
+    "n": ({"n": 0}, "allowed: 1 to 1024"),
+    "many": ({"n": 1000}, "asks for 1000 answers at once, allowed: 320"),
     "max_tokens": ({"max_tokens": "many"}, "allowed: 1 and more"),
     "seed": ({"seed": -1}, "seed: got -1"),
     "stop": ({"stop": 5}, "a list of at most 16"),
     "stops": ({"stop": ["a"] * 17}, "a list of at most 16"),
-    "empty stop": ({"stop": [""]}, "texts that are not empty"),
+    "empty stop": ({"stop": [""]}, "texts of 1 to 1000 characters"),
     "penalty": ({"extra_body": {"repetition_penalty": 1e-300}}, "allowed: 0.01 to 100"),
-    "huge": ({"temperature": 10**400}, "too large"),
+    "huge": ({"temperature": 10**400}, "allowed: a number from 0 on"),
     "infinite": ({"extra_body": {"min_p": float("1e308") * 0 + 7}}, "0 to 1"),
     "presence": ({"presence_penalty": 1}, "repetition_penalty is supported"),
     "tools": ({"extra_body": {"tools": [{"type": "function"}]}}, "not supported here"),
