@@ -20,9 +20,10 @@ PRIVATE = ("_reorder_linear_weight", "_linear_pointwise")  # of torch.ops.mkldnn
 class OneDnn:
     """Projections, norms, rotation and SwiGLU for generation on a CPU.
 
-    packed: the matrices of which a second copy is kept in oneDNN's own layout. "head": the one to the vocabulary; "all":
-        every one, as much memory again as the model has (in float32: for bfloat16 on a CPU without its instructions three
-        times as much); "none". null: "head" in float32, "all" in bfloat16 on a CPU with its instructions, else "none".
+    packed: the matrices of which a second copy is kept in oneDNN's own layout. "none"; "head", the one to the vocabulary;
+        "all", as much memory again as the model has (for bfloat16 on a CPU without its instructions twice as much). null:
+        in float32 "all" where that is an eighth of the free memory at most, else "head"; in bfloat16 "all" on a CPU with
+        its instructions, else "none".
     """
 
     packed: Literal["none", "head", "all"] | None = None

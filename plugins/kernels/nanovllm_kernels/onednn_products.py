@@ -6,15 +6,19 @@ Measured with 2 cores of a CPU with AVX2 alone and 37 GB/s, weights of 1536 x 57
 | --- | --- | --- | --- | --- | --- |
 | 1 | 246 | 147 | 138 | 99 | 167 |
 | 2 | 384 | 150 | 148 | 186 | 193 |
-| 16 | 431 | 329 | 301 | 2,800 | 311 |
-| 64 | 882 | 763 | 797 | | 769 |
-| 512 | 5,011 | 5,426 | 5,520 | | 4,964 |
+| 16 | 431 | 329 | 301 | 1,430 | 311 |
+| 64 | 882 | 763 | 797 | 5,692 | 769 |
+| 512 | 5,011 | 5,426 | 5,520 | 55,092 | 4,964 |
 
 Turned is (weight @ x.T).T, the same sum through the other half of the BLAS; a single token goes twice, since a product of
-one column is a slower routine. It needs no memory, so packed copies (`onednn_packed`) are kept only where they gain much:
-of the matrix to the vocabulary (49152 x 576: 3.1 ms packed, 4.5 turned, 7.7 plain). For bf16 without its instructions torch
-is at the memory's speed for one or two tokens and at 20 GFLOP/s beyond; there blocks of the weight are made fp32 in 4 MB
-that stay in the cache, and the sum is rounded once, as ever. With its instructions everything is packed.
+one column is a slower routine. It needs no memory. Packed (`onednn_packed`) doubles what the model takes, and gains most
+where matrices are large (49152 x 576, one token: 3.1 ms, turned 4.5, plain 7.7) and several are one call: so all are packed
+where the copies fit into an eighth of the memory that is free at loading, else the matrix to the vocabulary alone, and the
+others are turned. Which of the two decides the last bits of a result. Beyond 64 tokens torch's own product is as good.
+
+For bf16 without its instructions torch is at the memory's speed for one or two tokens and at 20 GFLOP/s beyond; there
+blocks of the weight are made fp32 in 4 MB that stay in the cache, and the sum is rounded once, as ever: no copy is kept.
+With its instructions all are packed, but one token reads the plain weights; that has been tried on no such CPU.
 """
 
 from __future__ import annotations
