@@ -66,19 +66,14 @@ class LLM:
     ) -> None:
         if dtype not in PRECISION:
             raise GenerationError(f"LLM: dtype: got {dtype!r}, allowed: {', '.join(PRECISION)}")
-        for name, value, least in (
-            ("batch_size", batch_size, None), ("kv_cache_tokens", kv_cache_tokens, None), ("max_model_len", max_model_len, None),
-            ("tensor_parallel_size", tensor_parallel_size, 1),
-        ):  # fmt: skip
-            good = (
-                value is least
-                if value is None
-                else isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            )
-            if not good:
-                raise GenerationError(
-                    f"LLM: {name}: got {value!r}, allowed: {'1 and more' if least else 'None, or 1 and more'}"
-                )
+        numbers = {"batch_size": batch_size, "kv_cache_tokens": kv_cache_tokens, "max_model_len": max_model_len}
+        for name, value in {**numbers, "tensor_parallel_size": tensor_parallel_size}.items():
+            least = 0 if name == "max_model_len" else 1  # the model says more of that
+            none = name in numbers
+            if not (
+                none if value is None else isinstance(value, int) and not isinstance(value, bool) and value >= least
+            ):
+                raise GenerationError(f"LLM: {name}: got {value!r}, allowed: {'None, or ' * none}1 and more")
         if tensor_parallel_size > 1 and (registry is not None or machine is not None):
             raise GenerationError(
                 "LLM: tensor_parallel_size: the other processes know no registry and machine of yours; leave them out"

@@ -70,7 +70,8 @@ def test_transformers_opens_it_with_the_same_logits_and_the_same_text(tuned):
         n = ids.shape[1]
         batch = Batch(positions=torch.arange(n), lengths=(n,), cu_seqlens=torch.tensor([0, n], dtype=torch.int32))
         with torch.no_grad():
-            torch.testing.assert_close(llm.module(ids[0], batch), model(ids).logits[0], rtol=0, atol=1e-4)
+            # logits are up to 40; products of other kernels add up in another order
+            torch.testing.assert_close(llm.module(ids[0], batch), model(ids).logits[0], rtol=0, atol=3e-4)
         theirs = model.generate(ids, max_new_tokens=16, do_sample=False)[0, n:].tolist()
         ours = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=16))[0]["token_ids"]
         assert ours == theirs
