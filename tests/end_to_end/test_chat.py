@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from nanovllm_core import LLM, Machine, SamplingParams
 from nanovllm_core.generation.questions import seed_of
@@ -231,3 +232,16 @@ def test_a_signal_ends_what_stands_behind_a_pipe(small_model):
     assert process.returncode == 130
     assert err.endswith(b"nanovllm: interrupted\n")
     assert b"Traceback" not in err
+
+
+def test_an_answer_that_fails_is_told(small_model, tmp_path):
+    broken = shutil.copytree(small_model, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    done = subprocess.run(
+        [*COMMAND, broken], input="Hello\n", capture_output=True, text=True, timeout=WAIT, check=False
+    )
+    assert done.returncode == 2
+    assert "line 1: the model's logits are not finite" in done.stderr
+    assert "Traceback" not in done.stderr
