@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from report import processor, write
+
 PROMPT, BATCHES, SEED = 64, (1, 16), 0
 DTYPES = ("float32", "bfloat16")
 
@@ -151,15 +153,7 @@ def main() -> None:
         "rounds": args.rounds,
         "kernels": kernels,
     }
-    if args.write:
-        args.write.parent.mkdir(parents=True, exist_ok=True)
-        args.write.write_text(json.dumps({**about, **table}, indent=1) + "\n")
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    write(args.write, {**about, **table})
 
 
 if __name__ == "__main__":

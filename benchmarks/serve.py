@@ -32,6 +32,8 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from report import processor, write
+
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}assistant: "
 WORDS = ("the", "of", "a", "model", "token", "page", "cache", "train", "data", "file", "recipe")
@@ -242,15 +244,7 @@ def main() -> None:
         "load_average_before": load_before,
     }
     print(json.dumps(found, indent=1))
-    if args.write:
-        args.write.parent.mkdir(parents=True, exist_ok=True)
-        args.write.write_text(json.dumps({**about, **found}, indent=1) + "\n")
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    write(args.write, {**about, **found})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import sys
 import time
 from pathlib import Path
 
+from report import processor, write
+
 SEQUENCE, BATCH, VOCABULARY, WARMUP = 512, 8, 8192, 3
 RATE = 1e-3
 
@@ -177,15 +179,7 @@ def main() -> None:
         "rounds": args.rounds,
         "steps": args.steps,
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**about, **table}, indent=1) + "\n")
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    write(args.out, {**about, **table})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -213,3 +214,12 @@ def sibling(path: Path) -> str:
         return nearest(path.name, os.listdir(path.parent))
     except (OSError, ValueError):  # ValueError: a name that no system allows
         return ""
+
+
+def finite(value: Any) -> Any:
+    """The value for JSON, which has no NaN and no infinity: null in their place."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -96,7 +96,7 @@ class LLM:
             raise GenerationError(f"LLM: max_model_len: got {max_model_len}, the model takes 1 to {limit}")
         self.tokenizer = tokenizer_of(self.plan, lambda: ())
         device, size = self.machine.device, tensor_parallel_size
-        self._ranks = Ranks.start(recipe, size) if size > 1 else None
+        self._ranks = Ranks.start(recipe, size, self.machine.cores) if size > 1 else None
         mesh = self._ranks.mesh(device) if self._ranks else None
         self.module = assemble(self.plan, device, seed=0, training=False, mesh=mesh).module
         shape = local_shape(self.plan.shape, size)

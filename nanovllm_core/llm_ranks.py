@@ -39,7 +39,7 @@ class Ranks:
         self.end: Callable[[], object] = lambda: None
 
     @classmethod
-    def start(cls, recipe: dict[str, Any], size: int) -> Ranks:
+    def start(cls, recipe: dict[str, Any], size: int, cores: int) -> Ranks:
         """Start the other ranks and meet them. Raises GenerationError where they do not come."""
         import torch
         from torch import distributed
@@ -50,7 +50,7 @@ class Ranks:
                 "(torch.distributed.destroy_process_group), or generate in a process of its own"
             )
         store = _store(0, size, first=True)
-        threads = max(1, len(os.sched_getaffinity(0)) // size) if hasattr(os, "sched_getaffinity") else 1
+        threads = max(1, cores // size)
         others = []
         for rank in range(1, size):
             told = json.dumps({"recipe": recipe, "rank": rank, "size": size, "port": store.port})

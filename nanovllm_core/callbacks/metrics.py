@@ -6,7 +6,6 @@ What is not finite is null: JSON has no NaN and no infinity, and what reads JSON
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
-from nanovllm_core.files import sync, writing
+from nanovllm_core.files import finite, sync, writing
 from nanovllm_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -106,15 +105,7 @@ def _append(path: Path, line: Mapping[str, Any], begun: bool) -> bool:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def _keep_before(path: Path, line: Mapping[str, Any]) -> None:

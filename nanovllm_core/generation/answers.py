@@ -8,7 +8,6 @@ that is what a power cut may take. Of each answer only where its line begins is 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from array import array
@@ -19,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nanovllm_core.errors import OutputError
-from nanovllm_core.files import read_json, replace_text, sync, writing
+from nanovllm_core.files import finite, read_json, replace_text, sync, writing
 
 FORMAT = 1
 SYNCED = 5.0  # seconds
@@ -149,16 +148,8 @@ def line_of(told: Mapping[str, Any], outputs: Sequence[Mapping[str, Any]]) -> by
     try:
         text = json.dumps(line, ensure_ascii=False, allow_nan=False)
     except ValueError:  # a log-probability of minus infinity
-        text = json.dumps(_finite(line), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(line), ensure_ascii=False, allow_nan=False)
     return text.translate(BREAKS).encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate: a JSON escape
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------- what it was begun with

@@ -29,7 +29,7 @@ class Driver:
         self.engine = engine
         self._turn = threading.Lock()  # held by who touches the engine
         self._word: deque[Callable[[], None]] = deque()  # what others want done with it
-        self._gate = threading.Lock()  # of the two below
+        self._gate = threading.Lock()  # of the thread's beginning and end, and of word that is left for it
         self._thread: threading.Thread | None = None
 
     # ------------------------------------------------------------ for those who wait
@@ -96,7 +96,7 @@ class Driver:
         while True:
             with self._turn:
                 self._step()
-            with self._gate:  # nobody leaves word now; and with the turn, nobody is hearing one
+            with self._gate:  # nobody leaves word for the thread now; and with the turn, nobody is hearing one
                 if self._turn.acquire(blocking=False):
                     try:
                         if not self._word and not self.engine.busy:

@@ -98,9 +98,8 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One forward; the sequences that got a token or ended, some with an `error`."""
         parts = self.scheduler.plan()
-        logits_RV = self.runner.forward(parts)[
-            :, : self.tokenizer.vocab_size
-        ]  # rows beyond are padding of the embedding
+        logits_RV = self.runner.forward(parts)
+        logits_RV = logits_RV[:, : self.tokenizer.vocab_size]  # rows beyond are padding of the embedding
         for part in parts:
             self.scheduler.done(part)
         answered = [part.sequence for part in parts if part.ends]

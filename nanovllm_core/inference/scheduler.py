@@ -76,9 +76,8 @@ class Scheduler:
             return
         size = self.pool.size
         for i in range(len(sequence.keys), sequence.computed // size):
-            key = key_of(sequence.keys[-1] if i else b"", sequence.tokens(i * size, (i + 1) * size))
-            sequence.keys.append(key)
-            self.pool.name(sequence.pages[i], key)
+            sequence.keys.append(_next_key(sequence, sequence.keys, size))
+            self.pool.name(sequence.pages[i], sequence.keys[i])
 
     def fork(self, sequence: Sequence, like: Sequence) -> list[tuple[int, int]] | None:
         """Let a sequence that waits share the pages of one whose prompt is read, and run.
@@ -170,11 +169,17 @@ class Scheduler:
         """The pages that hold the beginning of a sequence, and their keys; at least its last token is left to read."""
         assert self.pool is not None
         size, keys, found = self.pool.size, list[bytes](), list[int]()
-        for i in range((len(sequence) - 1) // size):
-            key = key_of(keys[-1] if keys else b"", sequence.tokens(i * size, (i + 1) * size))
+        for _ in range((len(sequence) - 1) // size):
+            key = _next_key(sequence, keys, size)
             page = self.pool.find(key)
             if page is None:
                 break
             keys.append(key)
             found.append(page)
         return keys, found
+
+
+def _next_key(sequence: Sequence, keys: list[bytes], size: int) -> bytes:
+    """The key of the page that follows those of `keys`."""
+    first = len(keys) * size
+    return key_of(keys[-1] if keys else b"", sequence.tokens(first, first + size))

@@ -54,7 +54,6 @@ OWN = MappingProxyType(
     }
 )
 MOST = MappingProxyType({"stop": 16, "stop_token_ids": 256})  # each is looked for after every token, for all to wait
-PENALTIES = (0.01, 100.0)  # beyond these a logit may become infinite
 COMPLETION = 16  # max_tokens of OpenAI's /v1/completions where none is given
 
 
@@ -87,9 +86,6 @@ def sampling(body: Mapping[str, Any], *, chat: bool, longest: int) -> SamplingPa
         if not isinstance(value, list) or len(value) > most:
             told = value if not isinstance(value, list) else f"{len(value)} of them"
             raise refuse(name, told, f"allowed: a list of at most {most}")
-    penalty = given.get("repetition_penalty")
-    if isinstance(penalty, int | float) and not PENALTIES[0] <= penalty <= PENALTIES[1]:
-        raise refuse("repetition_penalty", penalty, f"allowed: {PENALTIES[0]:g} to {PENALTIES[1]:g}")
     given["max_tokens"] = _longest(body, chat, longest)
     given["logprobs"] = _logprobs(body) if chat else body.get("logprobs")
     if chat is False and isinstance(given["logprobs"], bool):
@@ -102,8 +98,6 @@ def sampling(body: Mapping[str, Any], *, chat: bool, longest: int) -> SamplingPa
         if chat and name == "logprobs":
             text, name = f"top_{text}", "top_logprobs"
         raise ApiError(400, text, param=name) from None
-    except OverflowError:  # an integer that no float can hold
-        raise ApiError(400, "a parameter's number is too large") from None
 
 
 def _longest(body: Mapping[str, Any], chat: bool, longest: int) -> Any:
