@@ -85,7 +85,7 @@ def _ranks(
 ) -> int:
     """Run a plan in this process as one of the run's, or start `--nproc` of them; the first does `before`."""
     from nanovllm_core.launch import launch, wanted
-    from nanovllm_core.training.launched import AGAIN, end_rank, orphaned, speaks
+    from nanovllm_core.training.launched import AGAIN, end_rank, last_word, orphaned, speaks
 
     try:
         if wanted(args.nproc, args.max_restarts):
@@ -99,9 +99,9 @@ def _ranks(
     try:
         world = World.join()
     except Elsewhere as e:
-        if str(e) and not orphaned():  # which is told by itself
-            print(f"nanovllm: {e}", file=sys.stderr)
-        return AGAIN
+        if str(e) and not orphaned():
+            last_word(str(e))
+        return end_rank(AGAIN)
     try:
         if before is not None and world.first:
             before()
@@ -112,18 +112,17 @@ def _ranks(
         world.fail(e)
         text = str(e) if isinstance(e, Elsewhere) else f"rank {world.rank}: {e}"
         if text and world.may_speak():
-            print(f"nanovllm: {text}", file=sys.stderr)
+            last_word(text)
         return end_rank(AGAIN if isinstance(e, Elsewhere) and e.lost else 2)
 
 
 def _run(make_plan: Callable[[Callable[[], Machine]], Plan], world: World, profile: bool) -> int:
     from nanovllm_core.interrupt import Interrupt
-    from nanovllm_core.training.launched import launched
     from nanovllm_core.training.stop import StopRequest
 
     stop = StopRequest()
     hint = "the same command goes on from the newest checkpoint, if there is one"
-    with Interrupt(stop, hint, speaks=world.first, launched=launched(), broken=world.broken) as interrupt:
+    with Interrupt(stop, hint, world) as interrupt:
         from nanovllm_core.machine import Machine
 
         plan = make_plan(lambda: _smallest(Machine.detect(), world))

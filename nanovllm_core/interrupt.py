@@ -12,11 +12,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from nanovllm_core.training.launched import launched
 from nanovllm_core.training.stop import StopRequest
+from nanovllm_core.training.world import World
 
 GRACE = 9.0  # seconds
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -25,21 +26,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupt:
     """Turns signals into a StopRequest while it is entered (in the main thread)."""
 
-    def __init__(
-        self,
-        stop: StopRequest,
-        hint: str,
-        *,
-        speaks: bool = True,
-        launched: bool = False,
-        broken: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """`hint`: how to go on, for a process that had to leave at once; `speaks`: of several ranks one does.
-
-        `launched`: a launcher passes signals on as SIGTERM, which may come again; `broken`: the signal comes because another
-        rank has ended.
-        """
-        self.stop, self.hint, self.speaks, self.launched, self.broken = stop, hint, speaks, launched, broken
+    def __init__(self, stop: StopRequest, hint: str, world: World) -> None:
+        """`hint`: how to go on, for a process that had to leave at once; `world`: of its ranks the first speaks."""
+        self.stop, self.hint, self.world = stop, hint, world
         self.signal = 0
         self.begun = False  # the run: set it when the plan is made
         self._before: dict[int, Any] = {}
@@ -77,15 +66,16 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
-            if self.launched and number == signal.SIGTERM:
+            if launched() and number == signal.SIGTERM:  # a launcher passes signals on, and they may come again
                 return
             self._leave("stopped at once")
         self.signal = number
         if not self.begun:
             self._say("interrupted before the run began")
+            self.world.leave_untimely()
             os._exit(self.code)
         self.stop.ask()
-        if self.speaks and not self.broken():
+        if self.world.first and not self.world.broken():  # else the signal comes because another rank has ended
             self._say("stopping; once more (Ctrl-C) stops at once")
         if not self.stop.heeded:
             raise KeyboardInterrupt
@@ -102,8 +92,9 @@ class Interrupt:
         if sys.stdout.isatty():
             sys.stdout.write("\x1b[?25h")  # a progress bar hides the cursor
             sys.stdout.flush()
+        self.world.leave_untimely()
         os._exit(self.code)
 
     def _say(self, text: str) -> None:
-        if self.speaks:
+        if self.world.first:
             os.write(2, f"nanovllm: {text}\n".encode())  # print is not safe in a signal handler

@@ -84,7 +84,7 @@ class _Run:
     def __init__(self, plan: Plan, callbacks: Sequence[object], stop: StopRequest, world: World, profile: bool) -> None:
         self.plan, self.stop, self.world, self.folder = plan, stop, world, plan.output_dir
         self.profile = profile
-        heeds = _Heeds(stop)
+        heeds = _Heeds(stop, world)
         self.events = plan.events((*callbacks, heeds)) if world.first else bind(Callbacks, [("stop", heeds)])
 
     def go(self) -> Path:
@@ -212,10 +212,14 @@ class _Run:
 class _Heeds:
     """Ends a run that reads or tokenises at its next report; training looks by itself."""
 
-    def __init__(self, stop: StopRequest) -> None:
-        self.stop = stop
+    def __init__(self, stop: StopRequest, world: World) -> None:
+        self.stop, self.world = stop, world
 
     @hookimpl
     def phase_progress(self) -> None:
         if not self.stop.heeded:
-            self.stop.check()
+            try:
+                self.stop.check()
+            except Interrupted:
+                self.world.fail(KeyboardInterrupt())  # the others wait for this rank, and were not asked
+                raise

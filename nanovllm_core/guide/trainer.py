@@ -20,7 +20,6 @@ from nanovllm_core.plan import Plan, make_plan
 from nanovllm_core.registry import Registry
 from nanovllm_core.runner import run
 from nanovllm_core.training.checkpoint import read_state
-from nanovllm_core.training.launched import launched
 from nanovllm_core.training.saver import pointed
 from nanovllm_core.training.stop import StopRequest
 from nanovllm_core.training.world import World
@@ -77,8 +76,7 @@ class Trainer:
         with ExitStack() as stack:
             if threading.current_thread() is threading.main_thread():
                 hint = "train() goes on from the newest checkpoint, if there is one"
-                heard = Interrupt(stop, hint, speaks=world.first, launched=launched(), broken=world.broken)
-                stack.enter_context(heard).begun = True
+                stack.enter_context(Interrupt(stop, hint, world)).begun = True
             return self._train(world, stop)
 
     def _train(self, world: World, stop: StopRequest) -> Result:

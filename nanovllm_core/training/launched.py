@@ -16,6 +16,7 @@ QUIET = 10.0  # seconds of waiting for other ranks without a word
 PARENT = os.getppid()
 ORPHAN = "the launcher that started the ranks has ended"
 GO_ON = "the same command goes on from the newest checkpoint, if there is one"
+_telling, _told = threading.Lock(), list[str]()
 
 
 def launched() -> bool:
@@ -28,18 +29,33 @@ def speaks() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def last_word(text: str) -> None:
+    """Tell the user why this process ends: the first of its reasons, however many threads find one."""
+    with _telling:
+        if not _told:
+            _told.append(text)
+            os.write(2, f"nanovllm: {text}\n".encode())
+
+
 def end_rank(code: int) -> int:
     """The code; a launched process ends with it at once, as torch's threads may abort while one that failed takes itself down."""
     if launched():
+        if orphaned() and speaks():
+            last_word(f"{ORPHAN}; {GO_ON}")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def orphaned() -> bool:
-    """Whether the process that started this one is no more."""
-    return os.getppid() != PARENT
+def orphaned(within: float = 0.0) -> bool:
+    """Whether the process that started this one is no more, or is so within some seconds: its sockets close before it is gone."""
+    end = time.monotonic() + within
+    while os.getppid() == PARENT:
+        if time.monotonic() >= end:
+            return False
+        time.sleep(LOOK / 10)
+    return True
 
 
 def end_with_launcher(fail: Callable[[Elsewhere], None]) -> None:
@@ -49,7 +65,7 @@ def end_with_launcher(fail: Callable[[Elsewhere], None]) -> None:
         while not orphaned():
             time.sleep(LOOK)
         if speaks():
-            os.write(2, f"nanovllm: {ORPHAN}; {GO_ON}\n".encode())
+            last_word(f"{ORPHAN}; {GO_ON}")
         # The store may not answer any more: that is not waited for.
         error = Elsewhere(f"the launcher that started rank {os.environ.get('RANK')} has ended", lost=True)
         threading.Thread(target=fail, args=(error,), daemon=True).start()

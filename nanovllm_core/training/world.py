@@ -21,7 +21,7 @@ from attrs import field, frozen
 
 from nanovllm_core.contracts import Layout
 from nanovllm_core.errors import Elsewhere, NanoError, TrainingError, reason
-from nanovllm_core.training.launched import AGAIN, end_with_launcher, launched, orphaned, told_later
+from nanovllm_core.training.launched import AGAIN, end_with_launcher, last_word, launched, orphaned, told_later
 from nanovllm_core.training.meeting import LOOK, meet
 from nanovllm_core.training.watch import GONE, At, Watch, said
 
@@ -30,6 +30,7 @@ FAILED = "failed"
 FOREVER = timedelta(days=20)  # torch's own limit, by the wall clock and whatever a rank is doing: the watch decides
 MEETING = 600.0  # seconds in which all ranks must have come
 MEETING_HERE = 120.0  # the same on one machine, where they start together
+PARTING = 1.0  # seconds that the last word of a process may take
 
 
 @frozen(eq=False)
@@ -69,7 +70,7 @@ class World:
             store = PrefixStore("nanovllm", store)
             store = PrefixStore(meet(store, rank, size, MEETING if size > count else MEETING_HERE), store)
         except (ValueError, RuntimeError) as e:
-            if orphaned():
+            if launched() and orphaned(within=1):
                 raise Elsewhere(GONE, lost=True) from e
             raise TrainingError(
                 f"WORLD_SIZE is {told}, and the other ranks cannot be reached ({reason(e)}); start through torchrun or with "
@@ -120,6 +121,7 @@ class World:
         """Raise Elsewhere where a rank of this node is no more."""
         assert self._watch is not None
         if gone := self._watch.dead():
+            self._hear_failure()  # it may have told why after the last look
             raise Elsewhere(said(gone, "is gone"), lost=True)
 
     def refuse_broken(self) -> None:
@@ -137,6 +139,12 @@ class World:
         except Elsewhere:
             return True
         return False
+
+    def leave_untimely(self) -> None:
+        """Let the others know that this process ends in the midst of something; a store that does not answer is not waited for."""
+        told = threading.Thread(target=self.fail, args=(KeyboardInterrupt(),), daemon=True)
+        told.start()
+        told.join(PARTING)
 
     def be_patient(self, seconds: float) -> None:
         """How long a rank may hold up the others."""
@@ -261,7 +269,7 @@ class World:
         if answers:
             self.fail(Elsewhere(told, lost=True))
         if self.may_speak() if answers else self._speaks_for_node:
-            os.write(2, f"nanovllm: {told}\n".encode())
+            last_word(told)
         os._exit(AGAIN)
 
     def mesh(self, layout: Layout, device: str) -> Any:

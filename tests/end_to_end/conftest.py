@@ -195,6 +195,7 @@ class Several:
             if len(self.ranks()) >= ranks if ranks else (self.folder / path).exists():
                 return
             time.sleep(0.02)
+        raise AssertionError(f"not there in time: {f'{ranks} ranks' if ranks else path}")
 
     def under_way(self, process, steps):
         """Wait for so many steps."""
