@@ -36,7 +36,7 @@ _HOMES = MappingProxyType(
         "Recipe": "recipe",
         "Record": "contracts",
         "Registry": "registry",
-        "SamplingParams": "inference.sampling",
+        "SamplingParams": "inference.params",
         "Source": "contracts",
         "analyze_document_collection": "analyze",
         "estimate_training_memory": "estimate_model",

@@ -212,7 +212,7 @@ class Job:
             self.stop.saving = True
             self.at(f"saving after step {trainer.step}", alone=True)
             saver.finish()
-            trainer.optimizer.zero_grad(set_to_none=True)
+            trainer.optimizer.zero_grad()
             if trainer.step > saver.saved_step:
                 save(trainer)
             saver.finish()

@@ -43,7 +43,8 @@ class LLM:
     kv_cache_tokens: room of the cache; None: what memory allows. On a CPU memory is taken as the cache fills
     tensor_parallel_size: processes that hold the model together, each with a slice of every matrix and a GPU, or a share of the
         CPU's cores; this one starts the others, which end with it, or with `close`. Components come from the environment then
-    enforce_eager: True; on a GPU decoding by CUDA graphs is not built yet, and nothing changes
+    enforce_eager: do not run decoding from recordings (CUDA graphs), which takes a moment and some memory for each number of
+        answers at once; on a CPU there are none
 
     Raises RefusedError or ModelError when the folder cannot be used.
     """
@@ -60,7 +61,7 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         kv_cache_tokens: int | None = None,
         tensor_parallel_size: int = 1,
-        enforce_eager: bool = True,
+        enforce_eager: bool = False,
         registry: Registry | None = None,
         machine: Machine | None = None,
     ) -> None:
@@ -107,6 +108,7 @@ class LLM:
         self.engine = Engine(
             self.module, self.tokenizer, shape, device,
             max_len=self.max_model_len, pages=pages, most=self.batch_size, talk=self._ranks.talk if self._ranks else None,
+            record=not enforce_eager,
         )  # fmt: skip
         self._driver = Driver(self.engine)
 

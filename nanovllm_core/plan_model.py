@@ -126,7 +126,7 @@ def outlined(slots: Slots, parts: Parts, data_bytes: int) -> Outline:
         shape = models.shape(vocab_size=vocabulary.value)
         _answered(model, "shape", shape, Shape)
     for operation, component in recipe.kernels.items():
-        if not set(JOINED.get(operation, (GENERATION.get(operation, operation),))) <= {*shape.operations, "*"}:
+        if not set(JOINED.get(operation, (GENERATION.get(operation, operation),))) <= {*shape.operations, "*", ""}:
             raise RefusedError(
                 line(
                     f"{component.use} is named for an operation that model {model.entry.name} does not call (it calls: "
@@ -168,10 +168,10 @@ def placed(slots: Slots, parts: Parts, outline: Outline, machine: Machine, *, tr
     for name, its in JOINED.items():
         if set(its) <= set(kernels) and (joined := _joined(slots, parts, evolve(wanted, operation=name), kernels)):
             kernels[name] = joined
-    if not shape.own_cache and "cache" not in shape.limits:
-        for name, its_part in GENERATION.items():
-            if its_part in kernels:
-                kernels[name] = _kernel(slots, parts, evolve(wanted, operation=name, training=False))
+    pages = not shape.own_cache and "cache" not in shape.limits
+    for name, its_part in GENERATION.items():
+        if not its_part or (pages and its_part in kernels):
+            kernels[name] = _kernel(slots, parts, evolve(wanted, operation=name, training=False))
     return ModelPlan(
         tokenizer=outline.tokenizer,
         vocabulary=outline.vocabulary,

@@ -8,6 +8,7 @@ from nanovllm_core.contracts.models import (
     LIMITS,
     Batch,
     CachingModule,
+    Draws,
     KernelRequest,
     MicroBatch,
     Module,
@@ -21,6 +22,6 @@ from nanovllm_core.contracts.parallel import Layout, Parallelized, ParallelReque
 
 __all__ = [
     "GENERATION", "IGNORE", "JOINED", "KV", "LIMITS", "OPERATIONS", "Accept", "Batch", "CachingModule", "Damage", "Decision",
-    "Document", "KernelRequest", "Layout", "MicroBatch", "ModelRef", "Module", "Ops", "Paging", "ParallelRequest", "Parallelized",
-    "Record", "Refuse", "RowState", "Segment", "Shape", "Source", "Step", "Tokenizer", "Verdict",
+    "Document", "Draws", "KernelRequest", "Layout", "MicroBatch", "ModelRef", "Module", "Ops", "Paging", "ParallelRequest",
+    "Parallelized", "Record", "Refuse", "RowState", "Segment", "Shape", "Source", "Step", "Tokenizer", "Verdict",
 ]  # fmt: skip

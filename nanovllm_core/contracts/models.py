@@ -96,11 +96,35 @@ class Paging:
     A document of the batch is then the newest part of a sequence: its last tokens, those of `lengths`.
     """
 
-    contexts: tuple[int, ...]  # tokens of each sequence, these included; on the host
+    contexts: tuple[
+        int, ...
+    ]  # tokens of each sequence, these included; on the host, and at least so many (see `exact`)
     contexts_D: Tensor  # [D] int32, the same on the device
     tables_DP: Tensor  # [D, P] int32: the pages of each sequence in order; beyond its context any page
     runs: tuple[int, ...]  # first page of a sequence whose pages follow each other in memory, else -1; on the host
     places_T: Tensor  # [T] int64: page * S + offset, where each token's key and value belong
+    exact: bool = True  # contexts and runs are what the device holds
+    """False: of a step that is recorded once and run for other sequences (CUDA graphs). Contexts are what they may be at most, runs
+    are -1, each has one new token, and nothing may wait for the device."""
+
+
+@frozen(kw_only=True, eq=False)
+class Draws:
+    """How the next token of each of B sequences is drawn from its logits of V tokens.
+
+    At temperature 0 it is the first of the largest. Else tokens have the weights exp((logit - largest) / temperature); kept are the
+    top_k likeliest, of these the fewest likeliest that have top_p of their weight, of these what
+    has min_p of the largest weight. The vocabulary is cut in stretches of isqrt(V - 1) + 1 tokens: the first number of u
+    chooses a stretch and the second a token in it, each by inverting the running sum of the weights that are kept.
+    """
+
+    temperature_B: Tensor  # [B] fp32
+    top_k_B: Tensor  # [B] int64; V: all
+    top_p_B: Tensor  # [B] fp64; 1: all
+    min_p_B: Tensor  # [B] fp32; 0: all
+    u_B2: Tensor  # [B, 2] fp64 in [0, 1)
+    drawn: bool  # some temperature is above 0; this and the next on the host
+    filtered_R: Tensor | None  # [R] int64: rows of top_k, top_p or min_p at a temperature above 0; None: there is none
 
 
 @frozen(kw_only=True, eq=False)

@@ -15,13 +15,14 @@ from attrs import field, frozen
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nanovllm_core.contracts.models import KV, Batch
+    from nanovllm_core.contracts.models import KV, Batch, Draws
 
 OPERATIONS = (
     "embedding", "linear", "rms_norm", "layer_norm", "rotary", "swiglu", "gelu", "attention", "linear_cross_entropy",
 )  # fmt: skip
-GENERATION: Mapping[str, str] = MappingProxyType({"paged_attention": "attention"})
-"""Operations that only generation calls -> the one that a model lists (`Shape.operations`) and that they stand for there."""
+GENERATION: Mapping[str, str] = MappingProxyType({"paged_attention": "attention", "sample": ""})
+"""Operations that only generation calls -> the one that a model lists (`Shape.operations`) and that they stand for there; of
+none, where the engine calls it for every model."""
 JOINED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "norm_linear": ("rms_norm", "linear"),
@@ -58,6 +59,7 @@ class Ops:
         with `window`, a token sees itself and the window - 1 tokens before it
     paged_attention(q_TNH, k_TKH, v_TKH, batch, kv, window=None) -> o_TNH: writes the new keys and values to their places in
         the pages of `kv`, then each token attends to its sequence up to itself, as `batch.paging` tells
+    sample(logits_BV, draws) -> tokens_B int64, as `draws` tells; -1 where a row's largest logit is not finite
     linear_cross_entropy(x_TC, weight_VC, targets_T) -> sum of -log softmax(x @ weight.T)[target] in fp32, IGNORE left out
     """
 
@@ -71,6 +73,7 @@ class Ops:
     gelu: Callable[..., Tensor] = _operation("gelu")
     attention: Callable[..., Tensor] = _operation("attention")
     paged_attention: Callable[..., Tensor] = _operation("paged_attention")
+    sample: Callable[[Tensor, Draws], Tensor] = _operation("sample")
     linear_cross_entropy: Callable[..., Tensor] = _operation("linear_cross_entropy")
     head: Callable[..., Tensor] | None = None
     """what a strategy does in place of `logits`, where ranks hold parts of tokens and vocabulary."""

@@ -14,7 +14,7 @@ from nanovllm_core.contracts import IGNORE
 from nanovllm_core.errors import OptionError, TrainingError
 from nanovllm_core.guide.tokenizers import ready
 from nanovllm_core.optimisation import Train
-from nanovllm_core.training.optimizer import adamw
+from nanovllm_core.training.optimizer import EPS, decayed
 from nanovllm_core.training.schedule import Schedule
 
 USUAL = Train()
@@ -28,7 +28,8 @@ def create_optimizer(
     beta2: float = USUAL.beta2,
 ) -> torch.optim.AdamW:
     """AdamW as a run has it: matrices decay, vectors (norms, biases) do not. Parameters without a gradient are left alone."""
-    return adamw(model.named_parameters(), learning_rate=learning_rate, weight_decay=weight_decay, betas=(beta1, beta2))
+    groups = decayed(model.named_parameters(), weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=EPS, fused=True)
 
 
 def create_scheduler(

@@ -9,9 +9,10 @@ is safe for several threads: see `driving`.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from nanovllm_core.contracts import Module, Shape, Tokenizer
@@ -20,8 +21,9 @@ from nanovllm_core.inference.paged import PagedRunner
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.params import SamplingParams
 from nanovllm_core.inference.ranks import Talk, leading
+from nanovllm_core.inference.recording import Recorder
 from nanovllm_core.inference.rows import PREFILL, RowsRunner, WholeRunner
-from nanovllm_core.inference.sampling import NotFinite, draw
+from nanovllm_core.inference.sampling import NotFinite, draws_of, note, penalised
 from nanovllm_core.inference.scheduler import Part, Scheduler
 from nanovllm_core.inference.sequence import Prompt, Sequence, answers_to
 
@@ -34,9 +36,41 @@ class Runner(Protocol):
 
     def forward(self, parts: Many[Part]) -> Tensor: ...
 
+    def keep(self, answered: Many[Sequence], tokens_B: Tensor) -> None: ...
+
+    def has_kept(self, sequence: Sequence) -> bool: ...
+
     def copy(self, source: int, target: int) -> None: ...
 
     def left(self, row: int, last: int) -> None: ...
+
+
+@frozen(eq=False)
+class Flight:
+    """Tokens of sequences that were drawn, or will have been when the device comes to it."""
+
+    answered: list[Sequence]
+    logits_BV: Tensor | None  # where somebody asked for log-probabilities
+    _tokens_B: Tensor
+    _there: Any  # the event after which the host has them
+
+    @classmethod
+    def of(cls, answered: list[Sequence], logits_BV: Tensor, tokens_B: Tensor) -> Flight:
+        """Queues their way to the host."""
+        there = None
+        if tokens_B.is_cuda:
+            host_B = torch.empty(tokens_B.shape, dtype=tokens_B.dtype, pin_memory=True)
+            tokens_B, there = host_B.copy_(tokens_B, non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            there.record()
+        told = any(s.params.logprobs is not None for s in answered)
+        return cls(answered, logits_BV if told else None, tokens_B, there)
+
+    def tokens(self) -> list[int]:
+        """Waits for them."""
+        if self._there is not None:
+            self._there.synchronize()
+        found: list[int] = self._tokens_B.tolist()
+        return found
 
 
 class Engine:
@@ -55,16 +89,23 @@ class Engine:
         most: int = 256,
         budget: int = BUDGET,
         talk: Talk | None = None,
+        ahead: bool | None = None,
+        record: bool | None = None,
     ) -> None:
         """max_len: positions that prompt and answer may fill together; pages: of the cache, `page_size` tokens each;
         most: answers that are made at once; budget: tokens of a forward, at least `most`; talk: with the ranks that hold the model
-        together, which follow this one (`ranks.follow`).
+        together, which follow this one (`ranks.follow`); ahead: queue a forward before the tokens of the one before are seen,
+        None: on a GPU; record: run steps of one token a sequence from recordings, None: where `ahead`. Models without pages, and
+        those of several ranks, do neither.
 
         Raises GenerationError where an answer of `max_len` would not fit in the pages.
         """
-        self.module, self.tokenizer, self.max_len = module, tokenizer, max_len
+        self.module, self.tokenizer, self.max_len, self.device = module, tokenizer, max_len, device
         self.pool: PagePool | None = None
         self.runner: Runner
+        self.recorder: Recorder | None = None
+        self.ahead = False
+        self._flight: Flight | None = None
         if "cache" in shape.limits:
             self.runner = WholeRunner(module, device)
         elif shape.own_cache:
@@ -76,8 +117,13 @@ class Engine:
                     "give the cache more memory"
                 )
             self.pool = PagePool(pages, page_size)
-            runner = PagedRunner(module, shape, self.pool, device)
+            runner = PagedRunner(module, shape, self.pool, device, most)
             self.runner = runner if talk is None else leading(runner, talk)
+            self.ahead = (device == "cuda" if ahead is None else ahead) and talk is None
+            if self.ahead and record is not False:
+                self.recorder = Recorder(
+                    module, runner.kv, self.pool, runner.last_N, max_len, tokenizer.vocab_size, device
+                )
         budget = PREFILL if self.pool is None else budget
         self.scheduler = Scheduler(self.pool, budget=max(budget, most), most=most)
 
@@ -96,46 +142,82 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One forward; the sequences that got a token or ended, some with an `error`."""
+        """One forward; the sequences that got a token or ended, some with an `error`.
+
+        Where the device works by itself (`ahead`) they are those of the forward before: this one is queued first, so that the
+        device is at work while the host looks at tokens.
+        """
+        told = [] if self._free() else self._land()
         parts = self.scheduler.plan()
-        logits_RV = self.runner.forward(parts)
-        logits_RV = logits_RV[:, : self.tokenizer.vocab_size]  # rows beyond are padding of the embedding
+        flight = self._launch(parts) if parts else None
+        told += self._land()
+        self._flight = flight
+        if not self._free():
+            told += self._land()
+        return told
+
+    def _free(self) -> bool:
+        """Whether the next forward may be queued before the tokens of this one are seen."""
+        return self.ahead and not any(s.watched for s in self.scheduler.running)
+
+    def _launch(self, parts: list[Part]) -> Flight:
+        """Queue a forward and the draws after it."""
+        answered, tokens_B = [part.sequence for part in parts if part.ends], None
+        if self.recorder is not None and len(answered) == len(parts) and all(map(self.runner.has_kept, answered)):
+            logits_RV, tokens_B = self.recorder.step(answered)
+        else:
+            logits_RV = self.runner.forward(parts)[
+                :, : self.tokenizer.vocab_size
+            ]  # rows beyond are padding of the embedding
         for part in parts:
             self.scheduler.done(part)
-        answered = [part.sequence for part in parts if part.ends]
+        if tokens_B is None:
+            answered, logits_RV = self._with_forked(answered, logits_RV)
+        if tokens_B is None or any(s.watched or s.params.filters(logits_RV.shape[-1]) for s in answered):
+            draws = draws_of(answered, logits_RV.shape[-1], self.device)
+            tokens_B = self.module.ops.sample(penalised(logits_RV, answered), draws)
+            if self.ahead and answered:
+                self.runner.keep(answered, tokens_B)
+        for sequence in answered:
+            sequence.drawn += 1
+        return Flight.of(answered, logits_RV, tokens_B)
+
+    def _with_forked(self, answered: list[Sequence], logits_RV: Tensor) -> tuple[list[Sequence], Tensor]:
+        """With the other answers to prompts that were read to their end, which draw from the same logits."""
         rows = list(range(len(answered)))
         for row, sequence in enumerate(list(answered)):
-            if not sequence.ids:
+            if not sequence.ids and not sequence.drawn:
                 forked = self._forked(sequence)
-                answered += forked
+                answered = answered + forked
                 rows += [row] * len(forked)
-        if not answered:
-            return []
-        if len(rows) > len(logits_RV):
-            logits_RV = logits_RV[rows]
-        try:
-            tokens = draw(logits_RV, answered)
-        except NotFinite as e:  # those answers' own
-            bad = [answered[row] for row in e.rows]
-            for sequence in bad:
-                sequence.error = e
-                self.abort(sequence)
-            good = [row for row, sequence in enumerate(answered) if sequence.error is None]
-            if not good:
-                return bad
-            return bad + self._take(
-                [answered[row] for row in good], draw(logits_RV[good], [answered[row] for row in good])
-            )
-        return self._take(answered, tokens)
+        return answered, logits_RV[rows] if len(rows) > len(logits_RV) else logits_RV
 
-    def _take(self, answered: list[Sequence], tokens: Many[int]) -> list[Sequence]:
-        for sequence, token in zip(answered, tokens, strict=True):
+    def _land(self) -> list[Sequence]:
+        """The tokens of the forward that was queued: to their sequences, those that are over leave."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        tokens = flight.tokens()
+        if flight.logits_BV is not None:
+            note(flight.logits_BV, flight.answered, tokens)
+        told = []
+        for sequence, token in zip(flight.answered, tokens, strict=True):
+            sequence.drawn -= 1
+            if sequence.finish_reason is not None:  # it ended while this was drawn
+                continue
+            told.append(sequence)
+            if token < 0:
+                sequence.error = NotFinite()
+                self.abort(sequence)
+                continue
             sequence.take(token, self.tokenizer.stop_ids)
-        for sequence in answered:
+            self.scheduler.name(sequence)
             if sequence.finish_reason is not None:
                 self._remove(sequence)
-            sequence.show()
-        return answered
+        for sequence in told:
+            if sequence.error is None:
+                sequence.show()
+        return told
 
     def abort(self, sequence: Sequence) -> None:
         """An answer is not wanted any more; what it has stays in it."""
@@ -146,6 +228,7 @@ class Engine:
 
     def fail(self, error: BaseException) -> None:
         """End all answers with an error."""
+        self._flight = None
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             sequence.error = error
             self.abort(sequence)

@@ -12,6 +12,7 @@ from torch import Tensor
 from nanovllm_core.contracts import KV, Batch, Module, Paging, Shape
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.scheduler import Part
+from nanovllm_core.inference.sequence import Sequence
 
 
 def page_bytes(shape: Shape, size: int, dtype: str) -> int:
@@ -22,29 +23,55 @@ def page_bytes(shape: Shape, size: int, dtype: str) -> int:
 class PagedRunner:
     """The parts of a plan through the model."""
 
-    def __init__(self, module: Module, shape: Shape, pool: PagePool, device: str) -> None:
+    def __init__(self, module: Module, shape: Shape, pool: PagePool, device: str, most: int = 0) -> None:
+        """most: sequences whose newest tokens are kept on the device (`keep`)."""
         self.module, self.pool, self.device = module, pool, device
-        size = (pool.count, pool.size, shape.kv_heads, shape.head_dim)
+        size = (pool.count + 1, pool.size, shape.kv_heads, shape.head_dim)  # the last page is nobody's
         dtype = getattr(torch, module.ops.dtype)
         self.kv = [KV(*(_zeros(size, dtype, device) for _ in "kv")) for _ in module.blocks]
+        self.last_N = torch.zeros(most + 1, dtype=torch.int64, device=device)
+        self._kept: list[list[int] | None] = [None] * most  # pages of the sequence whose token that is
+
+    def keep(self, answered: Many[Sequence], tokens_B: Tensor) -> None:
+        """Let the newest tokens of these stand by slot, where the next step finds them."""
+        slots_B = torch.tensor([s.slot for s in answered]).to(self.device, non_blocking=True)
+        self.last_N.index_copy_(0, slots_B, tokens_B.clamp_min(0))
+        for s in answered:
+            self._kept[s.slot] = s.pages
+
+    def has_kept(self, sequence: Sequence) -> bool:
+        """Whether the newest token of a sequence stands on the device."""
+        return self._kept[sequence.slot] is sequence.pages  # it has another list when it begins again
 
     def forward(self, parts: Many[Part]) -> Tensor:
         """The logits [n, V] after each part that reaches its sequence's end, in order."""
         tokens: list[int] = []
         select: list[int] = []
+        unknown: list[tuple[int, int]] = []
         for part in parts:
-            tokens += part.sequence.tokens(part.first, part.last)
+            known = part.sequence.tokens(part.first, part.last)
+            if len(known) < part.last - part.first:
+                unknown.append((len(tokens), part.sequence.slot))
+                known = [0]
+            tokens += known
             if part.ends:
                 select.append(len(tokens) - 1)
         lengths = [part.last - part.first for part in parts]
-        return self.run(tokens, lengths, [part.last for part in parts], [part.sequence.pages for part in parts], select)
+        contexts, pages = [part.last for part in parts], [part.sequence.pages for part in parts]
+        return self.run(tokens, lengths, contexts, pages, select, unknown)
 
     def run(
-        self, tokens: Many[int], lengths: Many[int], contexts: Many[int], pages: Many[Many[int]], select: Many[int]
-    ) -> Tensor:
-        """The logits of the tokens `select`, of these new ones of sequences."""
+        self, tokens: Many[int], lengths: Many[int], contexts: Many[int], pages: Many[Many[int]], select: Many[int],
+        unknown: Many[tuple[int, int]] = (),
+    ) -> Tensor:  # fmt: skip
+        """The logits of the tokens `select`, of these new ones of sequences; `unknown`: places in `tokens`, and the slots where the
+        tokens stand."""
         batch = paged_batch(lengths, contexts, pages, self.pool.size, select, self.device)
-        return self.module(torch.tensor(tokens).to(self.device), batch, kv=self.kv)
+        tokens_T = torch.tensor(tokens).to(self.device, non_blocking=True)
+        if unknown:
+            places, slots = torch.tensor(unknown).to(self.device, non_blocking=True).unbind(1)
+            tokens_T[places] = self.last_N[slots]
+        return self.module(tokens_T, batch, kv=self.kv)
 
     def copy(self, source: int, target: int) -> None:
         """A page's keys and values to another."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from attrs import evolve, field, frozen
 
 from nanovllm_core.errors import GenerationError
@@ -63,14 +62,9 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def generator(self) -> torch.Generator:
-        """The generator of one answer's draws; it lives on the CPU, whatever the model's device."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+    def filters(self, vocabulary: int) -> bool:
+        """Whether some of so many tokens may not be drawn."""
+        return self.top_p < 1 or self.min_p > 0 or (self.top_k is not None and self.top_k < vocabulary)
 
     def single(self, i: int) -> SamplingParams:
         """Those of the i-th of `n` answers."""

@@ -21,6 +21,7 @@ from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.paged import PagedRunner
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.scheduler import Part
+from nanovllm_core.inference.sequence import Sequence
 
 END, PAGES, READ, COPY = range(4)
 
@@ -62,6 +63,12 @@ class Leading:
             told += [part.first, part.last, part.ends, len(pages), *pages, *part.sequence.tokens(part.first, part.last)]
         _send(READ, told, self.talk.group)
         return self.runner.forward(parts)
+
+    def keep(self, answered: Many[Sequence], tokens_B: Tensor) -> None:
+        raise AssertionError("the host knows all tokens")
+
+    def has_kept(self, sequence: Sequence) -> bool:
+        return False
 
     def copy(self, source: int, target: int) -> None:
         with self.talk.whole():

@@ -52,6 +52,12 @@ class WholeRunner:
         sequences = [part.sequence for part in parts]
         return torch.cat([self.module(*_whole(sequences[a:b], self.device, 0)) for a, b in _groups(sequences)])
 
+    def keep(self, answered: Many[Sequence], tokens_B: Tensor) -> None:
+        raise AssertionError("the host knows all tokens")
+
+    def has_kept(self, sequence: Sequence) -> bool:
+        return False
+
     def copy(self, source: int, target: int) -> None:
         raise AssertionError("there are no pages")
 
@@ -85,6 +91,12 @@ class RowsRunner:
             context=max(sizes),
         )
         return self.module(torch.tensor([s.ids[-1] for s in sequences], device=self.device), batch, kv=self.kv)
+
+    def keep(self, answered: Many[Sequence], tokens_B: Tensor) -> None:
+        raise AssertionError("the host knows all tokens")
+
+    def has_kept(self, sequence: Sequence) -> bool:
+        return False
 
     def copy(self, source: int, target: int) -> None:
         raise AssertionError("there are no pages")

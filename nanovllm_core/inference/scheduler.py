@@ -35,6 +35,7 @@ class Scheduler:
     def __init__(self, pool: PagePool | None, *, budget: int, most: int) -> None:
         """budget: tokens of one forward; most: sequences that run at once."""
         self.pool, self.budget, self.most = pool, budget, most
+        self._slots = list(range(most))[::-1]
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they were admitted
         self.preempted = 0  # times that a sequence was put back
@@ -52,16 +53,18 @@ class Scheduler:
         i = 0
         while i < len(self.running) and left:  # what is put back leaves from the end
             sequence = self.running[i]
+            i += 1
+            if sequence.full:  # it ends when its last token is seen
+                continue
             last = min(len(sequence), sequence.computed + left)
             if last > sequence.computed and self._room(sequence, last, parts):
                 parts.append(Part(sequence, sequence.computed, last))
                 left -= last - sequence.computed
-            i += 1
         while self.waiting and len(self.running) < self.most and left and self.preempted == before:
             part = self._admit(self.waiting[0], left, alone=not parts)
             if part is None:
                 break
-            self.running.append(self.waiting.popleft())
+            self._run(self.waiting.popleft())
             parts.append(part)
             left -= part.last - part.first
         if self.pool is not None:  # without pages the order is that of the rows
@@ -69,13 +72,16 @@ class Scheduler:
         return parts
 
     def done(self, part: Part) -> None:
-        """A part was read: its full pages become known."""
-        sequence = part.sequence
-        sequence.computed = part.last
+        """A part was read."""
+        part.sequence.computed = part.last
+        self.name(part.sequence)
+
+    def name(self, sequence: Sequence) -> None:
+        """Make its full pages known, as far as the tokens that they hold are."""
         if self.pool is None:
             return
         size = self.pool.size
-        for i in range(len(sequence.keys), sequence.computed // size):
+        for i in range(len(sequence.keys), min(sequence.computed, sequence.known) // size):
             sequence.keys.append(_next_key(sequence, sequence.keys, size))
             self.pool.name(sequence.pages[i], sequence.keys[i])
 
@@ -92,7 +98,7 @@ class Scheduler:
         if partial and not pool.free:
             return None
         self.waiting.remove(sequence)
-        self.running.append(sequence)
+        self._run(sequence)
         sequence.computed, sequence.keys, sequence.pages = like.computed, like.keys[:full], like.pages[:full]
         for page in sequence.pages:
             pool.hold(page)
@@ -118,6 +124,10 @@ class Scheduler:
             self.running[row] = last
         return row, len(self.running)
 
+    def _run(self, sequence: Sequence) -> None:
+        sequence.slot = self._slots.pop()
+        self.running.append(sequence)
+
     # ------------------------------------------------------------ pages
 
     def _give_back(self, sequence: Sequence) -> None:
@@ -125,6 +135,9 @@ class Scheduler:
             for page in reversed(sequence.pages):  # the first is wanted longest
                 self.pool.release(page)
         sequence.pages, sequence.keys, sequence.computed = [], [], 0
+        if sequence.slot >= 0:
+            self._slots.append(sequence.slot)
+            sequence.slot = -1
 
     def _room(self, sequence: Sequence, last: int, parts: list[Part]) -> bool:
         """Hold pages up to token `last`, if need be those of sequences admitted later; False: it was put back itself."""

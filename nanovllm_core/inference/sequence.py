@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import Any
 
-import torch
+import numpy as np
 from attrs import define, field
+from numpy.typing import NDArray
 
 from nanovllm_core.contracts import Tokenizer
 from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.params import SamplingParams
 from nanovllm_core.inference.stopping import StopTexts
+from nanovllm_core.inference.uniform import uniforms
 
+AHEAD = 64  # tokens whose random numbers are made at once
 Prompt = str | Many[int]
 
 
@@ -29,30 +33,60 @@ class Sequence:
     index: int = 0  # of the answers to it
     like: Sequence | None = None  # answers the same prompt, and is to be read first
     ids: list[int] = field(factory=list)
+    drawn: int = 0  # tokens after these that only the device knows yet
     logprobs: list[dict[str, Any]] = field(factory=list)
     text: str | None = None  # set when a stop text was met
     finish_reason: str | None = None
     error: BaseException | None = None  # that ended it
     computed: int = 0  # tokens whose keys and values are in the pages
+    slot: int = -1  # its place on the device while it runs
     pages: list[int] = field(factory=list)
     keys: list[bytes] = field(factory=list)  # of its full pages that are computed
     advanced: Callable[[], None] | None = None  # called when it got a token or is over
     shown: tuple[int, str | None] = (0, None)  # tokens, and why it is over: what other threads may read of it
     met: set[int] | None = field(init=False)  # tokens that it has, where they are made less likely
     siblings: list[Sequence] = field(factory=list)  # the other answers to its prompt; of the first one alone
-    generator: torch.Generator = field(init=False)
+    seed: int = field(init=False)
+    _chances: tuple[int, NDArray[np.float64]] = field(init=False)  # random numbers, from those of a position on
 
     def __attrs_post_init__(self) -> None:
-        self.generator = self.params.generator()
+        self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
+        self._chances = 0, np.empty((0, 2))
         self.met = None if self.params.repetition_penalty == 1 else {*self.prompt, *self.ids}
         if self.like is not None:
             self.like.siblings.append(self)
 
     def __len__(self) -> int:
+        return len(self.prompt) + len(self.ids) + self.drawn
+
+    @property
+    def known(self) -> int:
+        """Tokens that the host knows."""
         return len(self.prompt) + len(self.ids)
 
+    @property
+    def full(self) -> bool:
+        """Whether it has got, or will have got, all tokens that it may get."""
+        return len(self.ids) + self.drawn >= self.room
+
+    @property
+    def watched(self) -> bool:
+        """Whether the host must see each token before the next is drawn, or the logits that it is drawn from."""
+        return self.met is not None or self.params.logprobs is not None
+
+    def uniform(self) -> NDArray[np.float64]:
+        """The two random numbers of the next token."""
+        first, chances = self._chances
+        at = len(self) - first
+        if not 0 <= at < len(chances):
+            first, at = len(self), 0
+            chances = uniforms(self.seed, first, AHEAD)
+            self._chances = first, chances
+        found: NDArray[np.float64] = chances[at]
+        return found
+
     def tokens(self, first: int, last: int) -> list[int]:
-        """Tokens first to last - 1 of prompt and answer."""
+        """Tokens first to last - 1 of prompt and answer, as far as they are known."""
         n = len(self.prompt)
         if first >= n:
             return self.ids[first - n : last - n]

@@ -39,6 +39,15 @@ CASES = (
 )
 
 
+def recorded(call: Call) -> Call:
+    """The same step as one that is recorded for any sequences: how long they are stands on the device alone."""
+    *tensors, batch = call.args
+    rows = len(batch.lengths)
+    longest = 3 * max(batch.paging.contexts)
+    paging = evolve(batch.paging, exact=False, contexts=(longest,) * rows, runs=(-1,) * rows)
+    return evolve(call, label=f"{call.label}, recorded", args=[*tensors, evolve(batch, paging=paging)])
+
+
 def paged_call(request: KernelRequest, case: Case) -> tuple[Call, KV]:
     """A call of `paged_attention` without its pages, and pages that hold the past."""
     shape, dtype, generator = request.shape, getattr(torch, request.dtype), torch.Generator().manual_seed(3)

@@ -11,12 +11,13 @@ from nanovllm_core.hookspecs import Kernels
 from nanovllm_core.testing.kernel_attention import AttentionTests
 from nanovllm_core.testing.kernel_cases import LENGTHS, SHAPES
 from nanovllm_core.testing.kernel_loss import LossTests
+from nanovllm_core.testing.kernel_sampling import SamplingTests
 
 SUMMED = ("embedding", "linear", "rms_norm", "layer_norm", "linear_cross_entropy")  # over tokens, for their weights
 MANY = 600  # terms of a sum: bf16 stops counting ones at 256
 
 
-class KernelContract(AttentionTests, LossTests):
+class KernelContract(AttentionTests, LossTests, SamplingTests):
     """A component of kernels.
 
     operations: those that it implements; none: whatever its probe accepts

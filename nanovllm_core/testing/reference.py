@@ -7,6 +7,7 @@ them that computes in float64 and rounds each result once: a model under test th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm_core.contracts import GENERATION, IGNORE, KV, OPERATIONS, Batch, Ops
+from nanovllm_core.contracts import GENERATION, IGNORE, KV, OPERATIONS, Batch, Draws, Ops
 
 
 def embedding(ids_T: Tensor, weight_VC: Tensor) -> Tensor:
@@ -105,6 +106,39 @@ def swiglu_linear(gate_TI: Tensor, up_TI: Tensor, weight_CI: Tensor, bias_C: Ten
     return linear(swiglu(gate_TI, up_TI), weight_CI, bias_C)
 
 
+def sample(logits_BV: Tensor, draws: Draws) -> Tensor:
+    return torch.tensor([_drawn(row, draws, i) for i, row in enumerate(logits_BV.double())], device=logits_BV.device)
+
+
+def _drawn(logits_V: Tensor, draws: Draws, row: int) -> int:
+    if not torch.isfinite(logits_V.max()):
+        return -1
+    heat = float(draws.temperature_B[row])
+    if heat == 0:
+        return int(logits_V.argmax())
+    vocabulary = len(logits_V)
+    weights = torch.exp((logits_V - logits_V.max()) / heat).tolist()
+    order = sorted(range(vocabulary), key=lambda i: (-weights[i], i))[: int(draws.top_k_B[row])]
+    total, before = sum(weights[i] for i in order), 0.0
+    kept: set[int] = set()
+    for i in order:
+        if before >= float(draws.top_p_B[row]) * total and kept:
+            break
+        before += weights[i]
+        if weights[i] >= float(draws.min_p_B[row]) * weights[order[0]]:
+            kept.add(i)
+    left = [w if i in kept else 0.0 for i, w in enumerate(weights)]
+    each = math.isqrt(vocabulary - 1) + 1
+    first = each * _met([sum(left[i : i + each]) for i in range(0, vocabulary, each)], float(draws.u_B2[row, 0]))
+    return first + _met(left[first : first + each], float(draws.u_B2[row, 1]))
+
+
+def _met(weights: list[float], u: float) -> int:
+    """The first whose running sum is above this share of all."""
+    sums = list(itertools.accumulate(weights))
+    return next(i for i, s in enumerate(sums) if s > u * sums[-1])
+
+
 def linear_cross_entropy(x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> Tensor:
     kept = targets_T != IGNORE
     log_probs = torch.log_softmax(x_TC[kept] @ weight_VC.T, -1)
@@ -122,6 +156,7 @@ DEFINITIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "gelu": gelu,
         "attention": attention,
         "paged_attention": paged_attention,
+        "sample": sample,
         "linear_cross_entropy": linear_cross_entropy,
         "norm_linear": norm_linear,
         "norm_rotary": norm_rotary,
@@ -138,6 +173,8 @@ def reference_ops(dtype: str = "float32") -> Ops:
 
 def _rounded(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     definition = DEFINITIONS[name]
+    if name == "sample":
+        return definition
     result = torch.promote_types(dtype, torch.float32) if name == "linear_cross_entropy" else dtype
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 
 from nanovllm_core.errors import Elsewhere
 
@@ -16,7 +17,6 @@ QUIET = 10.0  # seconds of waiting for other ranks without a word
 PARENT = os.getppid()
 ORPHAN = "the launcher that started the ranks has ended"
 GO_ON = "the same command goes on from the newest checkpoint, if there is one"
-_telling, _told = threading.Lock(), list[str]()
 
 
 def launched() -> bool:
@@ -29,12 +29,16 @@ def speaks() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+@cache
+def _only() -> threading.Lock:
+    """Of this process; held by who has told the user why it ends."""
+    return threading.Lock()
+
+
 def last_word(text: str) -> None:
     """Tell the user why this process ends: the first of its reasons, however many threads find one."""
-    with _telling:
-        if not _told:
-            _told.append(text)
-            os.write(2, f"nanovllm: {text}\n".encode())
+    if _only().acquire(blocking=False):
+        os.write(2, f"nanovllm: {text}\n".encode())
 
 
 def end_rank(code: int) -> int:
@@ -60,6 +64,8 @@ def orphaned(within: float = 0.0) -> bool:
 
 def end_with_launcher(fail: Callable[[Elsewhere], None]) -> None:
     """From now on this process ends once the one that started it is no more; `fail` tells the other nodes."""
+
+    _only()  # before there are two threads that may ask for it
 
     def mind() -> None:
         while not orphaned():

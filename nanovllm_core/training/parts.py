@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nanovllm_core.errors import CheckpointError
 from nanovllm_core.files import read_json
+from nanovllm_core.training.optimizer import Optimizer
 from nanovllm_core.training.sharding import local, part, spread_as, whole
 from nanovllm_core.training.world import World
 
@@ -41,7 +42,7 @@ class Snapshot:
 
 
 def snapshot(
-    named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, copy: bool = True, world: World = ALONE
+    named: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer, copy: bool = True, world: World = ALONE
 ) -> Snapshot:
     """What this rank's part of a checkpoint holds. Without `copy`, what is in host memory already is not copied.
 
@@ -70,7 +71,7 @@ def snapshot(
     return Snapshot(weights, moments, owners)
 
 
-def untrained(named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> list[str]:
+def untrained(named: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer) -> list[str]:
     """Names of the parameters that the optimizer does not have."""
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [name for name, p in named if id(p) not in known]
@@ -166,7 +167,7 @@ def _keys(file: Path) -> list[str]:
 
 def load_optimizer(
     folder: Path,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     named: Iterable[tuple[str, nn.Parameter]],
     trained_from: Mapping[str, int] | None = None,
 ) -> None:

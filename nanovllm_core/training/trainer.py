@@ -282,7 +282,7 @@ class Trainer:
         bad = self.guard.accept(value, length)
         if judged_here:
             self.optimizer.update(divisor, torch.full_like(divisor, float(bool(bad))))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         if bad:
             self.events.note(text=self.guard.deal(self.step + 1, bad, self.steps.sources(self.position)))
             return {}

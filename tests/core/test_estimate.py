@@ -127,8 +127,8 @@ def test_the_total_is_the_most_that_lives_in_a_step(options, lengths, dtype, che
             for _ in range(micro_batches):
                 tokens, batch, targets = batch_of(lengths)
                 module(tokens, batch, targets=targets).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.update()
+            optimizer.zero_grad()
     memory = training_memory(
         plan.shape, tokens=sum(lengths), dtype=dtype, gradient_checkpointing=checkpointing, accumulates=micro_batches > 1,
         mixed=mixed,

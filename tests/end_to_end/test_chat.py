@@ -39,11 +39,19 @@ class Terminal:
     def write(self, text):
         os.write(self.ours, text.encode())
 
-    def until(self, pattern):
-        """What is shown up to a pattern, which may span lines; the rest is looked at the next time."""
+    def until(self, pattern, press=""):
+        """What is shown up to a pattern, which may span lines; the rest is looked at the next time.
+
+        press: written now, and again every few seconds: Python does not hear of Ctrl-C that comes just before it waits for a key.
+        """
         deadline = time.monotonic() + WAIT
+        self.write(press)
         while (found := re.search(pattern, self.all.decode("utf-8", "replace"), re.DOTALL)) is None:
-            ready = select.select([self.ours], [], [], max(0, deadline - time.monotonic()))[0]
+            left = max(0, deadline - time.monotonic())
+            ready = select.select([self.ours], [], [], min(5, left) if press else left)[0]
+            if not ready and press and left:
+                self.write(press)
+                continue
             assert ready, self.all
             try:
                 self.all += os.read(self.ours, 4096)
@@ -170,8 +178,8 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(small_model, talking
         terminal.until(r"the river\r\n.{20}")
         terminal.write("\x03")
         assert terminal.until(r"\n> ").endswith(" (ended)\r\n> ")
-    terminal.write("no message\x03")
-    assert "(/exit or Ctrl-D leaves)" in terminal.until(r"leaves\)\r\n.*> ")
+    terminal.write("no message")
+    assert "(/exit or Ctrl-D leaves)" in terminal.until(r"leaves\)\r\n.*> ", press="\x03")
     terminal.write("/exit\n")
     assert terminal.end()[0] == 0
 

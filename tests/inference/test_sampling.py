@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nanovllm_kernels.torch_sampling import CANDIDATES, invert, sample
 
 from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.params import SamplingParams
-from nanovllm_core.inference.sampling import CANDIDATES, _from_likeliest, _invert, draw, sample
-from nanovllm_core.inference.sequence import Sequence
+from nanovllm_core.inference.sampling import draws_of, note, penalised
+from nanovllm_core.inference.sequence import AHEAD, Sequence
 from nanovllm_core.inference.stopping import StopTexts
+from nanovllm_core.inference.uniform import philox, uniforms
 
 
 def distribution(logits: list[float], p: SamplingParams) -> list[float]:
@@ -33,10 +37,22 @@ def distribution(logits: list[float], p: SamplingParams) -> list[float]:
     return [weights[i] / mass if i in set(kept) else 0.0 for i in range(len(logits))]
 
 
+def answer(p: SamplingParams, ids: tuple[int, ...] = ()) -> Sequence:
+    return Sequence([0], p, 9999, StopTexts(None, ()), ids=list(ids))  # type: ignore[arg-type]
+
+
+def drawn(logits: torch.Tensor, answers: list[Sequence]) -> list[int]:
+    """A token of each row."""
+    tokens = sample(logits, draws_of(answers, logits.shape[-1], "cpu")).tolist()
+    for a, token in zip(answers, tokens, strict=True):
+        a.ids.append(token)
+    return tokens
+
+
 def draws(logits: torch.Tensor, p: SamplingParams, n: int) -> list[int]:
     rows = 500
-    generators = [torch.Generator().manual_seed(seed) for seed in range(rows)]
-    return [t for _ in range(n // rows) for t in sample(logits.expand(rows, -1), [p] * rows, generators)]
+    answers = [answer(evolve(p, seed=seed)) for seed in range(rows)]
+    return [t for _ in range(n // rows) for t in drawn(logits.expand(rows, -1), answers)]
 
 
 @pytest.mark.parametrize(
@@ -104,26 +120,26 @@ def test_top_p_is_of_what_top_k_leaves(top_k, top_p) -> None:
     wanted = torch.tensor(distribution(logits.double().tolist(), p))
     grid = (torch.arange(80, dtype=torch.float64) + 0.5) / 80
     u = torch.cartesian_prod(grid, grid)
-    probs = torch.softmax(logits, -1).expand(len(u), -1)
-    found = torch.bincount(_from_likeliest(probs, u, [p] * len(u)), minlength=3000) / len(u)
+    told = evolve(draws_of([answer(p)] * len(u), 3000, "cpu"), u_B2=u)
+    found = torch.bincount(sample(logits.expand(len(u), -1), told), minlength=3000) / len(u)
     assert float((found[wanted == 0]).sum()) <= 2 / 80
     assert abs(int((found > 0).sum()) / int((wanted > 0).sum()) - 1) < 0.1
     assert float((found - wanted).abs().sum()) < 0.4  # of a grid this wide; half of the tokens would make it 1
 
 
-def test_greedy_takes_the_first_largest_and_draws_nothing() -> None:
-    generator = torch.Generator().manual_seed(5)
-    before = generator.get_state()
-    greedy = SamplingParams(temperature=0, top_k=2, top_p=0.1)
-    assert sample(torch.tensor([[1.0, 3.0, 3.0], [9.0, -1.0, 2.0]]), [greedy] * 2, [generator] * 2) == [1, 0]
-    assert torch.equal(generator.get_state(), before)
+def test_greedy_takes_the_first_largest() -> None:
+    greedy, warm = SamplingParams(temperature=0, top_k=2, top_p=0.1), SamplingParams(top_k=1)
+    logits = torch.tensor([[1.0, 3.0, 3.0], [9.0, -1.0, 2.0]])
+    assert not draws_of([answer(greedy)], 3, "cpu").drawn
+    assert drawn(logits, [answer(greedy), answer(greedy)]) == [1, 0]
+    assert drawn(logits, [answer(greedy), answer(warm)]) == [1, 0]
 
 
 def test_almost_no_temperature_is_greedy() -> None:
     logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(2)) * 50
     for temperature in (1e-45, 1e-300, 1e-6):
         p = SamplingParams(temperature=temperature, seed=1)
-        assert sample(logits, [p] * 64, [p.generator() for _ in range(64)]) == logits.argmax(-1).tolist()
+        assert drawn(logits, [answer(p) for _ in range(64)]) == logits.argmax(-1).tolist()
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
@@ -135,11 +151,11 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         SamplingParams(seed=3, top_k=7), SamplingParams(seed=4, top_k=1500), SamplingParams(seed=5, top_p=0.99999),
         SamplingParams(seed=6, temperature=3.0), SamplingParams(seed=7, top_k=50, top_p=0.5), SamplingParams(seed=8, min_p=0.01),
     ]  # fmt: skip
-    together = [p.generator() for p in params]
-    batched = [sample(logits, params, together) for _ in range(20)]
+    together = [answer(p) for p in params]
+    batched = [drawn(logits, together) for _ in range(20)]
     for row, p in enumerate(params):
-        alone = p.generator()
-        assert [sample(logits[row : row + 1], [p], [alone])[0] for _ in range(20)] == [step[row] for step in batched]
+        alone = [answer(p)]
+        assert [drawn(logits[row : row + 1], alone)[0] for _ in range(20)] == [step[row] for step in batched]
 
 
 def test_only_rows_that_need_it_sort_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +169,7 @@ def test_only_rows_that_need_it_sort_the_whole_vocabulary(monkeypatch: pytest.Mo
         return sort(tensor, *args, **options)
 
     monkeypatch.setattr(torch.Tensor, "sort", counted)
-    sample(logits, [few, many, few], [p.generator() for p in (few, many, few)])
+    drawn(logits, [answer(p) for p in (few, many, few)])
     assert sorted_shapes == [(1, 3 * CANDIDATES)]
 
 
@@ -172,18 +188,43 @@ def test_what_was_said_is_less_likely_by_the_penalty() -> None:
         process = RepetitionPenaltyLogitsProcessor(s.params.repetition_penalty)
         ids = torch.tensor([[*s.prompt, *s.ids]])
         wanted.append(int(process(ids, logits[row : row + 1].clone()).argmax()))
-    assert draw(logits, sequences) == wanted
+    chosen = drawn(penalised(logits, sequences), sequences)
+    note(logits, sequences, chosen)
+    assert chosen == wanted
     assert torch.equal(logits, before)
     assert len({*wanted, int(logits[1].argmax())}) > 1
     told = [s.logprobs[0]["logprob"] for s in sequences]  # of the model's own distribution
     assert torch.allclose(torch.tensor(told), logits.log_softmax(-1)[range(4), wanted], atol=1e-5)
 
 
-def test_without_a_seed_each_generator_is_another() -> None:
-    state = torch.get_rng_state()
-    assert len({SamplingParams().generator().initial_seed() for _ in range(8)}) == 8
-    assert torch.equal(torch.get_rng_state(), state)
-    assert SamplingParams(seed=7).generator().initial_seed() == 7
+def test_random_numbers_are_philox() -> None:
+    """The known answers that come with it (Random123, kat_vectors)."""
+    pi = 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344
+    for counter, key, words in (
+        ((0,) * 4, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (pi, 0x299F31D0A4093822, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ):
+        assert tuple(philox(np.array(counter, np.uint64)[:, None], key)[:, 0]) == words
+
+
+def test_a_number_follows_from_seed_and_position_alone() -> None:
+    whole = uniforms(2**63 - 1, 0, 3 * AHEAD)
+    assert (whole >= 0).all()
+    assert (whole < 1).all()
+    assert np.unique(whole).size == whole.size
+    assert np.array_equal(whole[70:75], uniforms(2**63 - 1, 70, 5))
+    sequence = answer(SamplingParams(seed=2**63 - 1))
+    for i in range(2 * AHEAD):
+        assert np.array_equal(sequence.uniform(), whole[1 + i])
+        sequence.ids.append(0)
+    del sequence.ids[5:]
+    assert np.array_equal(sequence.uniform(), whole[6])
+
+
+def test_without_a_seed_each_answer_has_another() -> None:
+    assert len({answer(SamplingParams()).seed for _ in range(8)}) == 8
+    assert answer(SamplingParams(seed=7)).seed == 7
 
 
 @given(
@@ -194,14 +235,15 @@ def test_without_a_seed_each_generator_is_another() -> None:
 def test_a_weight_of_zero_is_never_met(weights: list[float], u: float) -> None:
     if any(weights):
         for chance in (u, 0.0, 1 - 2**-53):
-            at = _invert(torch.tensor([weights]), torch.tensor([[chance]], dtype=torch.float64)).item()
+            at = invert(torch.tensor([weights]), torch.tensor([[chance]], dtype=torch.float64)).item()
             assert weights[at] > 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_damaged_logits_are_refused(bad: float) -> None:
-    with pytest.raises(GenerationError, match="not finite"):
-        sample(torch.tensor([[0.0, bad, 1.0]]), [SamplingParams()], [torch.Generator()])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_p": 0.5}, {"top_k": 2}], ids=str)
+def test_damaged_logits_give_no_token(bad: float, options: dict) -> None:
+    logits = torch.tensor([[0.0, bad, 1.0], [0.0, 9.0, 1.0]])
+    assert drawn(logits, [answer(SamplingParams(seed=1, **options)) for _ in "ab"])[0] == -1
 
 
 @pytest.mark.parametrize(

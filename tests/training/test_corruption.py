@@ -32,7 +32,7 @@ def root(tmp_path_factory):
     named = list(model.named_parameters())
     for step in (1, 2):
         model(torch.randn(4, 50)).square().sum().backward()
-        optimizer.step()
+        optimizer.update()
         state = checkpoint.State(
             step=step, position=step, total_steps=9, identity="a", tokenizer="b", metrics={"eval_loss": 2.0}, before={},
             random=[checkpoint.random_state()],

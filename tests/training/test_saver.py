@@ -22,7 +22,7 @@ def training():
     model = torch.nn.Linear(5, 3)
     optimizer = adamw(model.named_parameters(), learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95))
     model(torch.randn(4, 5)).square().sum().backward()
-    optimizer.step()
+    optimizer.update()
     return model, optimizer
 
 

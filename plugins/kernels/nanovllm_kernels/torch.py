@@ -37,7 +37,7 @@ class Torch:
 
         import torch
 
-        from nanovllm_kernels import torch_attention, torch_loss, torch_ops, torch_paged
+        from nanovllm_kernels import torch_attention, torch_loss, torch_ops, torch_paged, torch_sampling
 
         operations: dict[str, Callable[..., Any]] = {
             "embedding": partial(torch_ops.embedding, dtype=getattr(torch, request.dtype)),
@@ -49,6 +49,7 @@ class Torch:
             "gelu": torch_ops.gelu,
             "attention": torch_attention.attention,
             "paged_attention": torch_paged.paged_attention,
+            "sample": torch_sampling.sample,
             "linear_cross_entropy": torch_loss.linear_cross_entropy,
         }
         return operations[request.operation]

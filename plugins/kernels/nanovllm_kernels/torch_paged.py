@@ -26,6 +26,8 @@ def paged_attention(
     assert paging is not None
     for pages, new in ((kv.k_PSKH, k_TKH), (kv.v_PSKH, v_TKH)):
         pages.flatten(0, 1).index_copy_(0, paging.places_T, new.to(pages.dtype))
+    if not paging.exact:
+        return _gathered(q_TNH, kv, paging, window)
     if paging.contexts == batch.lengths:
         return documents(q_TNH, k_TKH, v_TKH, batch.lengths, window)
     ones = sum(1 for length in batch.lengths if length == 1)
@@ -73,13 +75,19 @@ def _past(pages_PSKH: Tensor, paging: Paging, d: int) -> Tensor:
 
 def _decode(q_BNH: Tensor, kv: KV, paging: Paging, window: int | None) -> Tensor:
     """One token a sequence."""
-    b, n, h = q_BNH.shape
+    b = len(q_BNH)
     total, longest = sum(paging.contexts), max(paging.contexts)
     if b == 1 or (q_BNH.device.type == "cpu" and (total >= LONG * b or longest * b > 4 * total)):
         return torch.cat([_sequence(q_BNH[d : d + 1], kv, paging, d, window) for d in range(b)])
+    return _gathered(q_BNH, kv, paging, window)
+
+
+def _gathered(q_BNH: Tensor, kv: KV, paging: Paging, window: int | None) -> Tensor:
+    """One token a sequence, of all at once; the host need not know how long they are."""
+    b, n, h = q_BNH.shape
     size, kv_heads = kv.k_PSKH.shape[1:3]
     device = q_BNH.device
-    tables_BP = paging.tables_DP[:, : -(-longest // size)]
+    tables_BP = paging.tables_DP[:, : -(-max(paging.contexts) // size)]
     k_BKSH, v_BKSH = (
         pages[tables_BP].flatten(1, 2).to(q_BNH.dtype).transpose(1, 2) for pages in (kv.k_PSKH, kv.v_PSKH)
     )

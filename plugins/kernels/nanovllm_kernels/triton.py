@@ -26,12 +26,13 @@ SOURCES = {
     "gelu": "triton_gelu",
     "linear_cross_entropy": "triton_loss",
     "paged_attention": "triton_paged",
+    "sample": "triton_sample",
 }
 
 
 @frozen(kw_only=True, eq=False)
 class Triton:
-    """Norms, rotation, SwiGLU, GELU, projections, the loss in few passes, and attention over pages, on CUDA."""
+    """Norms, rotation, SwiGLU, GELU, projections, the loss in few passes, attention over pages, and sampling, on CUDA."""
 
     @hookimpl
     def probe(self, request: KernelRequest) -> Verdict:

@@ -130,7 +130,7 @@ def paged_attention(
         k_rows, v_rows, paging.places_T, kv.k_PSKH, kv.v_PSKH, k_rows.stride(0), v_rows.stride(0), WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
     )  # fmt: skip
-    if paging.contexts == batch.lengths:
+    if paging.exact and paging.contexts == batch.lengths:
         return documents(q_TNH, k_TKH, v_TKH, batch.lengths, window)
     out = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     q_TNH = q_TNH if q_TNH[0].is_contiguous() else q_TNH.contiguous()

@@ -18,6 +18,7 @@ from nanovllm_core.contracts import Accept, ModelRef, Module, Ops, Refuse, Shape
 from nanovllm_core.errors import ModelError, nearest
 from nanovllm_core.hookspecs import hookimpl
 from nanovllm_core.hub import is_gguf, resolve
+from nanovllm_core.literals import literal
 from nanovllm_core.weights import ModelFolder
 from nanovllm_models.families.reader import LAYERS
 from nanovllm_models.opening import config_of, open_model
@@ -134,8 +135,7 @@ class Transformers:
 
 def _class_name(config: Mapping[str, Any]) -> str:
     """The class of a configuration. Raises ModelError when there is none here, or using it would run foreign code."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
-
+    KNOWN = literal("transformers", "models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in KNOWN:
         own = " Its own code (auto_map) would have to be run, which is never done." if config.get("auto_map") else ""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
 
 from nanovllm_core.contracts import Layout, Module
 from nanovllm_parallel.local import Local
@@ -32,6 +31,8 @@ class Group(Local):
 
     def clip(self, max_norm: float) -> Tensor:
         """On local parts: going through DTensors costs some 0.1 ms of processor a parameter, and here the GPU waits."""
+        from torch.distributed.tensor import DTensor  # a second to import, which one rank does not need
+
         parts: dict[tuple[int, ...], list[Tensor]] = {}  # axes that a gradient is split over -> this rank's parts
         mesh: Any = None
         for _, p in self.module.named_parameters():

@@ -13,12 +13,16 @@ from attrs import frozen
 from nanovllm_core import hub
 from nanovllm_core.contracts import Decision, ModelRef, Tokenizer
 from nanovllm_core.errors import ModelError
+from nanovllm_core.files import read_json
 from nanovllm_core.hookspecs import hookimpl
+from nanovllm_core.literals import literal
 from nanovllm_core.weights import CONFIG, read_config
 from nanovllm_tokenizers.fast import FastTokenizer
 
 SUFFIXES = (".json", ".jinja", ".model", ".txt")
 MOST = 256 << 20  # bytes of one file: several times the largest real vocabulary
+SETTINGS, TEKKEN = "tokenizer_config.json", "tekken.json"
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # what tokenizer_config.json calls it, by version
 PROBES = ("a", "Hello world")
 
 
@@ -71,15 +75,34 @@ def _files(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=2)
 def _load(folder: Path, gguf: Path | None, state: object) -> HfTokenizer:
-    from transformers import AutoTokenizer
+    more: dict[str, Any] = {"local_files_only": True}
+    if gguf is None and _is_generic(folder):
+        from transformers import PreTrainedTokenizerFast as Opener
+    else:
+        from transformers import AutoTokenizer as Opener
 
-    given, more = (gguf, {"gguf_file": gguf.name}) if gguf else (folder, _strange_model(folder))
+        more |= {"trust_remote_code": False, **({"gguf_file": gguf.name} if gguf else _strange_model(folder))}
+    given = gguf or folder
     try:
-        opened = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **more)
+        opened = Opener.from_pretrained(str(folder), **more)
     except Exception as e:  # the Rust parser raises bare Exception
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise ModelError(f"{given}: no tokenizer that transformers can open there ({lines[0]})") from e
     return HfTokenizer(opened, given)
+
+
+def _is_generic(folder: Path) -> bool:
+    """Whether AutoTokenizer would take the class that reads tokenizer.json as it is; asking it imports seconds of others."""
+    wanted = all((folder / name).is_file() for name in (CONFIG, SETTINGS, "tokenizer.json"))
+    if not wanted or (folder / TEKKEN).exists():
+        return False
+    try:
+        settings = read_json(folder / SETTINGS)
+        replaced = literal("transformers", "models.auto.tokenization_auto", "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")
+        named = settings.get("tokenizer_class") in GENERIC and "auto_map" not in settings
+    except (OSError, ValueError, AttributeError, TypeError, ImportError):  # AutoTokenizer says what is wrong
+        return False
+    return named and read_config(folder).get("model_type") not in {None, *replaced}
 
 
 def _strange_model(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""Steps of one new token a sequence, recorded once for a number of sequences and run again for any (CUDA graphs).
+
+All that differs from step to step stands at fixed places on the device, by slot: a sequence has one while it runs. What is sent for
+a step is a row of five numbers a sequence, and the pages that are new. Tokens go from a step's draws to the next step's
+forward without the host, so it may be a step behind. On a CPU the same step runs without a recording.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm_core.contracts import KV, Batch, Draws, Module, Paging
+from nanovllm_core.inference.pages import PagePool
+from nanovllm_core.inference.sequence import Sequence
+
+SLOT, CONTEXT, FIRST, SECOND, TEMPERATURE = range(5)  # of a row: numbers that fp64 holds exactly
+
+
+class Recorder:
+    """Recorded steps of up to `most` sequences."""
+
+    def __init__(
+        self, module: Module, kv: Many[KV], pool: PagePool, last_N: Tensor, longest: int, vocabulary: int, device: str
+    ) -> None:
+        """kv: has one page more than the pool, which nobody reads; last_N: the newest token of each slot, and one slot more;
+        longest: tokens of a sequence; vocabulary: tokens that may be drawn."""
+        self.module, self.kv, self.pool, self.device = module, kv, pool, device
+        self.longest, self.vocabulary, self.last_N = longest, vocabulary, last_N
+        self.most = len(last_N) - 1
+        self.tables_NP = torch.full((self.most + 1, pool.needed(longest)), pool.count, dtype=torch.int32, device=device)
+        self.given_B5 = torch.zeros(self.most, 5, dtype=torch.float64, device=device)
+        self.starts_B = torch.arange(self.most + 1, dtype=torch.int32, device=device)
+        self.all_B = torch.full((self.most,), vocabulary, device=device)
+        self.one_B = torch.ones(self.most, dtype=torch.float64, device=device)
+        self.none_B = torch.zeros(self.most, device=device)
+        self._there: list[tuple[list[int] | None, int]] = [
+            (None, 0)
+        ] * self.most  # pages of a slot, and how many are known
+        self._recorded: dict[int, tuple[Any, Tensor, Tensor]] = {}
+        self._memory: Any = None
+
+    def step(self, sequences: Many[Sequence]) -> tuple[Tensor, Tensor]:
+        """The logits [B, V] after the newest token of each, which stands in `last_N`, and the tokens [B] that are drawn from them
+        where nothing is filtered. Both hold until the next step."""
+        self._send_pages(sequences)
+        size = bucket(len(sequences), self.most)
+        rows_B5 = np.empty((size, 5))
+        rows_B5[:] = self.most, 1, 0, 0, 0  # of those that fill up: a slot and a page of their own
+        for row, s in zip(rows_B5, sequences, strict=False):
+            row[SLOT], row[CONTEXT], row[TEMPERATURE] = s.slot, len(s), s.params.temperature
+            if s.params.temperature > 0:
+                row[FIRST : SECOND + 1] = s.uniform()
+        self.given_B5[:size].copy_(_pinned(torch.from_numpy(rows_B5), self.device), non_blocking=True)
+        logits_BV, tokens_B = self._run(size)
+        return logits_BV[: len(sequences)], tokens_B[: len(sequences)]
+
+    def _send_pages(self, sequences: Many[Sequence]) -> None:
+        new: list[tuple[int, int, int]] = []
+        for s in sequences:
+            pages, count = self._there[s.slot]
+            if pages is not s.pages:  # whoever runs anew has another list
+                count = 0
+            if count < len(s.pages):
+                new += [(s.slot, i, s.pages[i]) for i in range(count, len(s.pages))]
+                self._there[s.slot] = s.pages, len(s.pages)
+        if new:
+            slots, places, pages_ = _pinned(torch.tensor(new), self.device).to(self.device, non_blocking=True).unbind(1)
+            self.tables_NP[slots, places] = pages_.int()
+
+    def _run(self, size: int) -> tuple[Tensor, Tensor]:
+        if self.device != "cuda":
+            return self._forward(size)
+        if size not in self._recorded:
+            self._record(size)
+        graph, logits_BV, tokens_B = self._recorded[size]
+        graph.replay()
+        return logits_BV, tokens_B
+
+    def _record(self, size: int) -> None:
+        """Run once, so that kernels are compiled and chosen, then record; what was drawn is drawn again."""
+        kept_N = self.last_N.clone()
+        self._forward(size)
+        self.last_N.copy_(kept_N)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            logits_BV, tokens_B = self._forward(size)
+        self._memory = self._memory or graph.pool()
+        self._recorded[size] = graph, logits_BV, tokens_B
+
+    def _forward(self, size: int) -> tuple[Tensor, Tensor]:
+        """All from what stands at the fixed places."""
+        given_B5 = self.given_B5[:size]
+        slots_B, contexts_B = given_B5[:, SLOT].long(), given_B5[:, CONTEXT].long()
+        positions_B = contexts_B - 1
+        tables_BP = self.tables_NP[slots_B]
+        pages_B = tables_BP.gather(1, (positions_B // self.pool.size)[:, None])[:, 0].long()
+        batch = Batch(
+            positions=positions_B,
+            lengths=(1,) * size,
+            cu_seqlens=self.starts_B[: size + 1],
+            paging=Paging(
+                contexts=(self.longest,) * size,
+                contexts_D=contexts_B.int(),
+                tables_DP=tables_BP,
+                runs=(-1,) * size,
+                places_T=pages_B * self.pool.size + positions_B % self.pool.size,
+                exact=False,
+            ),
+        )
+        logits_BV = self.module(self.last_N[slots_B], batch, kv=self.kv)[:, : self.vocabulary]
+        draws = Draws(
+            temperature_B=given_B5[:, TEMPERATURE].float(),
+            top_k_B=self.all_B[:size],
+            top_p_B=self.one_B[:size],
+            min_p_B=self.none_B[:size],
+            u_B2=given_B5[:, FIRST : SECOND + 1],
+            drawn=True,
+            filtered_R=None,
+        )
+        tokens_B = self.module.ops.sample(logits_BV, draws)
+        self.last_N.index_copy_(0, slots_B, tokens_B.clamp_min(0))
+        return logits_BV, tokens_B
+
+
+def bucket(count: int, most: int) -> int:
+    """For how many sequences a step of `count` is recorded: a power of two up to 16, then a multiple of 16."""
+    size = 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
+    return min(size, most)
+
+
+def _pinned(tensor: Tensor, device: str) -> Tensor:
+    """In memory that the device reads by itself."""
+    return tensor.pin_memory() if device == "cuda" else tensor
