@@ -179,7 +179,9 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(small_model, talking
         terminal.write("\x03")
         assert terminal.until(r"\n> ").endswith(" (ended)\r\n> ")
     terminal.write("no message")
-    terminal.until("no message")  # read: a terminal forgets what nobody has read when Ctrl-C comes, and readline waits for it
+    terminal.until(
+        "no message"
+    )  # read: a terminal forgets what nobody has read when Ctrl-C comes, and readline waits for it
     assert "(/exit or Ctrl-D leaves)" in terminal.until(r"leaves\)\r\n.*> ", press="\x03")
     terminal.write("/exit\n")
     assert terminal.end()[0] == 0

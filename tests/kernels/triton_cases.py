@@ -9,9 +9,10 @@ import pytest
 import torch
 from attrs import evolve
 from nanovllm_kernels.triton import SOURCES, Triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanovllm_core.assemble import lay
 from nanovllm_core.contracts import GENERATION, KV, Accept, KernelRequest, Refuse
 from nanovllm_core.testing.kernel_caches import CASES, Case, paged_call, recorded
 from nanovllm_core.testing.kernel_calls import Answer, Call, answer, bits, calls, defined, poisoned, share, strided
@@ -182,6 +183,24 @@ def test_refuses_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         refused = probe(KernelRequest(**asked | change))
         assert isinstance(refused, Refuse)
         assert reason in refused.why
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_side_by_side_are_one_product(bias: bool) -> None:
+    """To generate; where there is a bias, or a gradient, or other memory, each is a product of its own."""
+    request = evolve(request_for("norm_linear"), training=False)
+    call = calls(request, (5, 2))[0]
+    weights = [nn.Parameter(w.float()) for w in call.args[4::2]]
+    wanted = defined("norm_linear", call, ()).outputs
+    if not bias:
+        call.args[5::2] = [None] * 3
+        wanted = defined("norm_linear", call, ()).outputs
+    lay(weights)
+    call.args[4::2] = [w.data for w in weights]
+    found = answer(Triton().load(request), call, ()).outputs
+    same(Answer(found, []), Answer(wanted, []))
+    shared = {x.untyped_storage().data_ptr() for x in found[1:]}
+    assert len(shared) == (3 if bias else 1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -7,6 +7,7 @@ passes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,4 +53,31 @@ def norm_linear(
     x_TC: Tensor, more_TC: Tensor | None, norm_C: Tensor, eps: float, *matrices: Tensor | None
 ) -> tuple[Tensor, ...]:
     """x + more, then the products of its RMS norm with each weight: `matrices` are weight_OC, bias_O | None, ..."""
+    if not torch.is_grad_enabled():
+        whole_OC = _side_by_side(matrices[::2]) if not any(b is not None for b in matrices[1::2]) else None
+        if whole_OC is not None and whole_OC.dtype == x_TC.dtype:
+            summed_TC, normed_TC = add_norm(x_TC, more_TC, norm_C, eps)
+            sizes = [len(w) for w in matrices[::2] if w is not None]
+            return summed_TC, *F.linear(normed_TC, whole_OC).split(sizes, dim=1)
     return _NormLinear.apply(x_TC, more_TC, norm_C, eps, *matrices)
+
+
+def _side_by_side(weights: Sequence[Tensor | None]) -> Tensor | None:
+    """Weights that follow each other in one memory as one [O, C]; None where they do not (`assemble` lays them so to generate)."""
+    first, *others = weights
+    assert first is not None
+    end, rows = first.data_ptr() + first.nbytes, len(first)
+    for weight in (first, *others):
+        if (
+            weight is None
+            or not weight.is_contiguous()
+            or weight.dtype != first.dtype
+            or weight.shape[1] != first.shape[1]
+        ):
+            return None
+    for weight in others:
+        assert weight is not None
+        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        end, rows = end + weight.nbytes, rows + len(weight)
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))

@@ -8,6 +8,7 @@ depends on what the device holds but the longest context, which settles the numb
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from nanovllm_kernels.triton_launch import ON_CPU, processors, rows_of
 
 ROWS = 16  # fewest of a tile: what tensor cores take
 TOKENS = 64  # rows of a tile of a prompt
-KEYS = 64  # of a step
+ONE = MappingProxyType(
+    {"KEYS": 64, "num_warps": 4, "num_stages": 3}
+)  # a step of single tokens: keys, and how they are read
+SOME = MappingProxyType({"KEYS": 64, "num_warps": 4, "num_stages": 3})  # of prompts
 WAVES = 4  # programs per processor that decoding aims at
 FEWEST = 256  # keys that are worth a program
 MOST_PARTS = 32
@@ -161,9 +165,10 @@ def _run(
         q_TNH, kv.k_PSKH, kv.v_PSKH, paging.tables_DP, paging.contexts_D, batch.cu_seqlens, out_TNH, part, sums,
         first, q_TNH.stride(0), paging.tables_DP.stride(0), size**-0.5 * 1.4426950408889634, window or 0,
         HEADS=heads, GROUP=group, SIZE=size, BLOCK=block, PAGE=page, TOKENS=tokens,
-        ROWS=max(ROWS, triton.next_power_of_2(tokens * group)), KEYS=KEYS, PARTS=parts, WINDOW=window is not None,
+        ROWS=max(ROWS, triton.next_power_of_2(tokens * group)), PARTS=parts, WINDOW=window is not None,
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
         WIDE=q_TNH.device.type == "cpu",  # the interpreter's products know no bf16
+        **(ONE if longest == 1 else SOME),
     )  # fmt: skip
     if several:
         rows: Any = out_TNH[first : first + documents_here]  # one token each
@@ -175,7 +180,7 @@ def _run(
 def _parts(tiles: int, longest: int, device: torch.device) -> int:
     """Into how many parts the past of single tokens is split: a power of two, as each is compiled for."""
     wanted = WAVES * processors(device) if device.type == "cuda" else ON_CPU * 4
-    most = min(MOST_PARTS, triton.cdiv(longest, FEWEST if device.type == "cuda" else KEYS))
+    most = min(MOST_PARTS, triton.cdiv(longest, FEWEST if device.type == "cuda" else ONE["KEYS"]))
     parts = 1
     while 2 * parts <= most and parts * tiles < wanted:
         parts *= 2

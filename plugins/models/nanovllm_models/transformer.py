@@ -65,13 +65,20 @@ class _Body(nn.Module):
         cos_TH, sin_TH = cos_sin(self.config.rope, self.config.head_dim, batch.positions)
         x_TC = self.ops.embedding(tokens, self.embed_tokens.weight)
         caches: Sequence[KV | None] = [None] * len(self.layers) if kv is None else kv
+        more_TC: Tensor | None = None
         for block, cache in zip(self.layers, caches, strict=True):
-            x_TC = block(x_TC, cos_TH, sin_TH, batch, cache)
+            x_TC, more_TC = block(x_TC, more_TC, cos_TH, sin_TH, batch, cache)
+        if more_TC is not None:
+            x_TC = x_TC + more_TC
         return self.ops.rms_norm(x_TC, self.norm.weight, self.config.norm_eps)
 
 
 class _Block(nn.Module):
-    """Attention, then MLP, each behind a norm and added to its input."""
+    """Attention, then MLP, each behind a norm and added to its input.
+
+    In generation what the MLP adds is handed on to the next block, whose norm adds it on its way; a block that trains keeps its
+    input, which would be two tensors then.
+    """
 
     def __init__(self, config: TransformerConfig, ops: Ops, window: int | None) -> None:
         super().__init__()
@@ -81,15 +88,18 @@ class _Block(nn.Module):
         self.post_attention_layernorm = Weights(config.hidden)
         self.mlp = _MLP(config, ops)
 
-    def forward(self, x_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, batch: Batch, kv: KV | None) -> Tensor:
+    def forward(
+        self, x_TC: Tensor, more_TC: Tensor | None, cos_TH: Tensor, sin_TH: Tensor, batch: Batch, kv: KV | None
+    ) -> tuple[Tensor, Tensor | None]:
         x_TC, *qkv = self.ops.norm_linear(
-            x_TC, None, self.input_layernorm.weight, self.eps, *self.self_attn.projections
+            x_TC, more_TC, self.input_layernorm.weight, self.eps, *self.self_attn.projections
         )
         found_TC = self.self_attn(*qkv, cos_TH, sin_TH, batch, kv)
         x_TC, gate, up = self.ops.norm_linear(
             x_TC, found_TC, self.post_attention_layernorm.weight, self.eps, *self.mlp.projections
         )
-        return x_TC + self.mlp(gate, up)
+        out_TC = self.mlp(gate, up)
+        return (x_TC + out_TC, None) if kv is None else (x_TC, out_TC)
 
 
 class _Attention(nn.Module):
