@@ -24,6 +24,7 @@ from nanovllm_core.registry import Registry
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
+Conversations = Sequence[Message] | Sequence[Sequence[Message]]
 PRECISION = MappingProxyType({"auto": "auto", "float32": "fp32", "bfloat16": "bf16"})
 HOST_SHARE = 0.25  # of the free memory of a host: the most that its cache may grow to
 MOST = MappingProxyType({"cpu": 64, "cuda": 256})  # answers made at once
@@ -172,19 +173,44 @@ class LLM:
             pass
         return [s.output(self.tokenizer) for s in answers]
 
+    @overload
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Conversations,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-    ) -> list[dict[str, Any]]:
+        *,
+        stream: Literal[False] = False,
+    ) -> list[dict[str, Any]]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Conversations,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        stream: Literal[True],
+    ) -> Iterator[dict[str, Any]]: ...
+
+    def chat(
+        self,
+        messages: Conversations,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        stream: bool = False,
+    ) -> list[dict[str, Any]] | Iterator[dict[str, Any]]:
         """Answer a conversation, or several: lists of `{"role", "content"}`, framed by the model's own chat template.
 
-        Returns as `generate`. Raises ModelError where the model has no template, or it refuses the conversation.
+        Returns as `generate`, with `stream` too. Raises ModelError where the model has no template, or it refuses the conversation.
         """
         single = not isinstance(messages, Sequence) or not messages or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
-        return self.generate([chat_ids(self.tokenizer, c) for c in conversations], sampling_params, use_tqdm)
+        asked = [chat_ids(self.tokenizer, c) for c in conversations]
+        if stream:
+            return self.generate(asked, sampling_params, stream=True)
+        return self.generate(asked, sampling_params, use_tqdm)
 
     def agenerate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None

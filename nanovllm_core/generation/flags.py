@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     generate = commands.add_parser(
         "generate", help="continue prompts with a trained model", formatter_class=raw, description=GENERATE
     )
-    _model(generate)
+    add_model(generate)
     asked = generate.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     asked.add_argument("--file", type=Path, metavar="IN", help="prompts: a .jsonl file, or a .txt file of one a line")
@@ -49,20 +49,21 @@ def add(commands: Any) -> None:
     generate.add_argument(
         "--logprobs", type=int, metavar="K", help="log-probability of each token, and of the K likeliest ones"
     )
-    generate.add_argument("--batch-size", type=int, help="answers made at once (default: 64 on a CPU, 256 on a GPU)")
+    add_batch_size(generate)
     generate.add_argument(
         "--json", action="store_true", help="one object a line: prompt, text, token_ids, finish_reason"
     )
     generate.set_defaults(command=_generate)
 
     chat = commands.add_parser("chat", help="talk with a trained model", formatter_class=raw, description=CHAT)
-    _model(chat)
+    add_model(chat)
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     _sampling(chat, max_tokens=1024)
     chat.set_defaults(command=_chat)
 
 
-def _model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that opens a model to generate with, for `llm_of`."""
     parser.add_argument("folder", help="a run's output_dir, any model folder of a supported family, or a hub name")
     parser.add_argument(
         "--model", default="auto", help="who opens the folder, as in a recipe: NAME or {use: NAME, ...} (default: auto)"
@@ -72,7 +73,25 @@ def _model(parser: argparse.ArgumentParser) -> None:
         "--kernels", default="auto", help="as in a recipe: NAME or {OPERATION: NAME, ...} (default: auto)"
     )
     parser.add_argument(
-        "--max-model-len", type=int, help="longest prompt plus answer, in tokens (default: the model's)"
+        "--max-model-len", type=int, metavar="TOKENS", help="longest prompt plus answer (default: the model's)"
+    )
+    parser.add_argument(
+        "--kv-cache-tokens", type=int, metavar="TOKENS", help="room of the cache (default: what memory allows)"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE",
+        help="of a GPU's memory, for weights and cache (default: 0.9)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N",
+        help="processes that hold the model together, each on a GPU or a share of the cores (default: 1)",
+    )  # fmt: skip
+    parser.add_argument("--enforce-eager", action="store_true", help="on a GPU: no CUDA graphs")
+
+
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size", type=int, metavar="ANSWERS", help="made at once (default: 256 on a GPU, 64 on a CPU)"
     )
 
 
@@ -100,8 +119,13 @@ def sampling_of(args: argparse.Namespace) -> SamplingParams:
     try:
         return SamplingParams(**{name: given[name] for name in names}, **more, stop_token_ids=tuple(args.stop_token_id))
     except GenerationError as e:
-        flag = re.sub(r"^SamplingParams: (\w+)", lambda found: _flag(found[1]), str(e))
-        raise GenerationError(flag) from None
+        raise GenerationError(_flagged(e)) from None
+
+
+def _flagged(error: GenerationError) -> str:
+    """What is wrong with an argument, told of its flag; None, which none can be given as, is left out."""
+    told = re.sub(r"^(?:SamplingParams|LLM): (\w+)", lambda found: _flag(found[1]), str(error))
+    return told.replace("allowed: None, or ", "allowed: ") if told.startswith("--") else told
 
 
 def _flag(name: str) -> str:
@@ -109,14 +133,19 @@ def _flag(name: str) -> str:
 
 
 def llm_of(args: argparse.Namespace, max_model_len: int | None = None, batch_size: int | None = None) -> LLM:
-    """The model that the flags name."""
+    """The model that the flags name. Raises GenerationError with the flag that is wrong."""
     from nanovllm_core.llm import LLM
     from nanovllm_core.yamltext import parse
 
-    return LLM(
-        args.folder, model=parse(args.model, "--model").data, kernels=parse(args.kernels, "--kernels").data, dtype=args.dtype,
-        max_model_len=max_model_len, batch_size=batch_size,
-    )  # fmt: skip
+    names = ("dtype", "kv_cache_tokens", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager")
+    more = {name: vars(args)[name] for name in names}
+    try:
+        return LLM(
+            args.folder, model=parse(args.model, "--model").data, kernels=parse(args.kernels, "--kernels").data,
+            max_model_len=max_model_len, batch_size=batch_size, **more,
+        )  # fmt: skip
+    except GenerationError as e:
+        raise GenerationError(_flagged(e)) from e
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ is safe for several threads: see `driving`.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +29,7 @@ from nanovllm_core.inference.scheduler import Part, Scheduler
 from nanovllm_core.inference.sequence import Prompt, Sequence, answers_to
 
 PAGE = 16  # tokens
-BUDGET = 2048  # tokens of a forward
+BUDGET = MappingProxyType({"cpu": 2048, "cuda": 8192})  # tokens of a forward
 
 
 class Runner(Protocol):
@@ -87,16 +88,16 @@ class Engine:
         pages: int,
         page_size: int = PAGE,
         most: int = 256,
-        budget: int = BUDGET,
+        budget: int | None = None,
         talk: Talk | None = None,
         ahead: bool | None = None,
         record: bool | None = None,
     ) -> None:
         """max_len: positions that prompt and answer may fill together; pages: of the cache, `page_size` tokens each;
-        most: answers that are made at once; budget: tokens of a forward, at least `most`; talk: with the ranks that hold the model
-        together, which follow this one (`ranks.follow`); ahead: queue a forward before the tokens of the one before are seen,
-        None: on a GPU; record: run steps of one token a sequence from recordings, None: where `ahead`. Models without pages, and
-        those of several ranks, do neither.
+        most: answers that are made at once; budget: tokens of a forward, at least `most`, None: by device; talk: with the ranks
+        that hold the model together, which follow this one (`ranks.follow`); ahead: queue a forward before the tokens of the
+        one before are seen, None: on a GPU; record: run steps of one token a sequence from recordings, None: where `ahead`.
+        Models without pages, and those of several ranks, do neither.
 
         Raises GenerationError where an answer of `max_len` would not fit in the pages.
         """
@@ -124,7 +125,7 @@ class Engine:
                 self.recorder = Recorder(
                     module, runner.kv, self.pool, runner.last_N, max_len, tokenizer.vocab_size, device
                 )
-        budget = PREFILL if self.pool is None else budget
+        budget = PREFILL if self.pool is None else budget or BUDGET[device]
         self.scheduler = Scheduler(self.pool, budget=max(budget, most), most=most)
 
     @property

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm_core.contracts import KV, Batch, Draws, Module, Paging
+from nanovllm_core.errors import GenerationError, reason
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.sequence import Sequence
 
@@ -88,8 +89,14 @@ class Recorder:
         self.last_N.copy_(kept_N)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            logits_BV, tokens_B = self._forward(size)
+        try:
+            with torch.cuda.graph(graph, pool=self._memory):
+                logits_BV, tokens_B = self._forward(size)
+        except RuntimeError as e:
+            raise GenerationError(
+                f"a step of {size} answers cannot be recorded as a CUDA graph ({reason(e)}): one of its kernels waits for the "
+                "device; LLM(enforce_eager=True) or --enforce-eager goes without"
+            ) from e
         self._memory = self._memory or graph.pool()
         self._recorded[size] = graph, logits_BV, tokens_B
 

@@ -82,7 +82,7 @@ class Scheduler:
             return
         size = self.pool.size
         for i in range(len(sequence.keys), min(sequence.computed, sequence.known) // size):
-            sequence.keys.append(_next_key(sequence, sequence.keys, size))
+            sequence.keys.append(_key(sequence, i, size))
             self.pool.name(sequence.pages[i], sequence.keys[i])
 
     def fork(self, sequence: Sequence, like: Sequence) -> list[tuple[int, int]] | None:
@@ -182,8 +182,8 @@ class Scheduler:
         """The pages that hold the beginning of a sequence, and their keys; at least its last token is left to read."""
         assert self.pool is not None
         size, keys, found = self.pool.size, list[bytes](), list[int]()
-        for _ in range((len(sequence) - 1) // size):
-            key = _next_key(sequence, keys, size)
+        for i in range((len(sequence) - 1) // size):
+            key = _key(sequence, i, size)
             page = self.pool.find(key)
             if page is None:
                 break
@@ -192,7 +192,10 @@ class Scheduler:
         return keys, found
 
 
-def _next_key(sequence: Sequence, keys: list[bytes], size: int) -> bytes:
-    """The key of the page that follows those of `keys`."""
-    first = len(keys) * size
-    return key_of(keys[-1] if keys else b"", sequence.tokens(first, first + size))
+def _key(sequence: Sequence, page: int, size: int) -> bytes:
+    """The key of a sequence's page; each is made once, since tokens that are known stay."""
+    made = sequence.made
+    while len(made) <= page:
+        first = len(made) * size
+        made.append(key_of(made[-1] if made else b"", sequence.tokens(first, first + size)))
+    return made[page]

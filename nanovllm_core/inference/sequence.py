@@ -42,6 +42,7 @@ class Sequence:
     slot: int = -1  # its place on the device while it runs
     pages: list[int] = field(factory=list)
     keys: list[bytes] = field(factory=list)  # of its full pages that are computed
+    made: list[bytes] = field(factory=list)  # keys of its pages as far as anyone asked, whether it has these or not
     advanced: Callable[[], None] | None = None  # called when it got a token or is over
     shown: tuple[int, str | None] = (0, None)  # tokens, and why it is over: what other threads may read of it
     met: set[int] | None = field(init=False)  # tokens that it has, where they are made less likely

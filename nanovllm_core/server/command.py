@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm_core.errors import ServingError
+from nanovllm_core.generation.flags import add_batch_size, add_model, llm_of
 
 if TYPE_CHECKING:
     from nanovllm_core.server.settings import Settings
@@ -38,7 +39,7 @@ def add_parser(commands: Any) -> None:
     serve = commands.add_parser(
         "serve", help="answer by OpenAI's HTTP API, with a page to chat", formatter_class=raw, description=ABOUT
     )
-    serve.add_argument("folder", help="a run's output_dir, any model folder of a supported family, or a hub name")
+    add_model(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=_port, default=8000, help="0: any free one, which is printed (default: 8000)")
     serve.add_argument("--name", help="the model's name in requests (default: the folder's)")
@@ -68,17 +69,7 @@ def add_parser(commands: Any) -> None:
         "--drain", type=_wait, default=30.0, metavar="SECONDS", help="running answers get at the end (default: 30)"
     )
     serve.add_argument("--quiet", action="store_true", help="no line a request on standard error")
-    serve.add_argument(
-        "--model", default="auto", help="who opens the folder, as in a recipe: NAME or {use: NAME, ...} (default: auto)"
-    )
-    serve.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
-    serve.add_argument("--max-model-len", type=_above_zero, metavar="TOKENS", help="longest prompt plus answer")
-    serve.add_argument(
-        "--batch-size", type=_above_zero, metavar="ANSWERS", help="made at once (default: 256 on a GPU, 64 on a CPU)"
-    )
-    serve.add_argument(
-        "--kv-cache-tokens", type=_above_zero, metavar="TOKENS", help="room of the cache (default: what memory allows)"
-    )
+    add_batch_size(serve)
     serve.set_defaults(command=serve_command)
 
 
@@ -92,17 +83,7 @@ def serve_command(args: argparse.Namespace) -> int:
     key = key_of(os.environ.get(KEY, ""), no_key=args.no_key)
     with listen(args.host, args.port) as listener:
         settings = settings_of(args, key, listener.getsockname()[0])
-        from nanovllm_core.llm import LLM
-        from nanovllm_core.yamltext import parse
-
-        llm = LLM(
-            args.folder,
-            model=parse(args.model, "--model").data,
-            dtype=args.dtype,
-            max_model_len=args.max_model_len,
-            batch_size=args.batch_size,
-            kv_cache_tokens=args.kv_cache_tokens,
-        )
+        llm = llm_of(args, args.max_model_len, args.batch_size)
         return serve(llm, settings, listener)
 
 

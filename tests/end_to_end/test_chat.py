@@ -135,6 +135,16 @@ def test_lines_of_a_pipe_are_messages(small_model, llm):
     assert (code, out) == (0, "".join(f"{answer}\n" for answer in wanted))
 
 
+def test_conversations_stream(llm):
+    asked = [[{"role": "user", "content": text}] for text in ("the river", "old mills")]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    texts = ["", ""]
+    for piece in llm.chat(asked, params, stream=True):
+        texts[piece["prompt"]] += piece["text"]
+    assert texts == [answer["text"] for answer in llm.chat(asked, params)]
+    assert "".join(piece["text"] for piece in llm.chat(asked[0], params, stream=True)) == texts[0]
+
+
 def test_a_conversation_at_a_terminal(small_model, llm, talking):
     terminal = talking(small_model, *GREEDY)
     first, second = answers(llm, "the river", "old mills")

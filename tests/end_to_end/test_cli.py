@@ -107,6 +107,12 @@ def test_plugins(tmp_path):
         (["generate", "docs", "--prompt", "x", "--model", "pretraind"], "did you mean 'pretrained'"),
         (["generate", "docs", "--prompt", "x", "--model", "{use: preset, size: tiny}"], "unknown key 'path'"),
         (["generate", "docs", "--prompt", "x", "--model", "{"], "--model:1:"),
+        (["generate", "docs", "--prompt", "x", "--top-k", "0"], "--top-k: got 0, allowed: 1 and more"),
+        (
+            ["generate", "docs", "--prompt", "x", "--kv-cache-tokens", "0"],
+            "--kv-cache-tokens: got 0, allowed: 1 and more",
+        ),
+        (["chat", "docs", "--tensor-parallel-size", "0"], "--tensor-parallel-size: got 0, allowed: 1 and more"),
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(folder, arguments, says):

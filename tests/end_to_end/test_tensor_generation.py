@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -83,6 +85,27 @@ def interrupted(parts):
 def children() -> set[int]:
     with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
         return {int(pid) for pid in file.read().split()}
+
+
+def test_the_command_generates_over_processes(saved):
+    words = [
+        sys.executable,
+        "-m",
+        "nanovllm_core.cli",
+        "generate",
+        str(saved),
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "9",
+    ]
+    prompts = ["--prompt", "the river", "--prompt", "under"]
+    one, two = (
+        subprocess.run([*words, *prompts, *more], capture_output=True, text=True, timeout=240, check=True)
+        for more in ([], ["--tensor-parallel-size", "2", "--kv-cache-tokens", "320", "--max-model-len", "120"])
+    )
+    assert two.stdout == one.stdout
+    assert len(one.stdout) > 40
 
 
 def test_two_processes_answer_as_one(saved):
