@@ -86,6 +86,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel-size", type=int, default=1, metavar="N",
         help="processes that hold the model together, each on a GPU or a share of the cores (default: 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--prompt-lookup", type=int, metavar="TOKENS",
+        help="guess so many from what followed the same words before, and check them (default: 8 on a CPU; 0: none)",
+    )  # fmt: skip
     parser.add_argument("--enforce-eager", action="store_true", help="on a GPU: no CUDA graphs")
 
 
@@ -137,7 +141,14 @@ def llm_of(args: argparse.Namespace, max_model_len: int | None = None, batch_siz
     from nanovllm_core.llm import LLM
     from nanovllm_core.yamltext import parse
 
-    names = ("dtype", "kv_cache_tokens", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager")
+    names = (
+        "dtype",
+        "kv_cache_tokens",
+        "gpu_memory_utilization",
+        "tensor_parallel_size",
+        "prompt_lookup",
+        "enforce_eager",
+    )
     more = {name: vars(args)[name] for name in names}
     try:
         return LLM(

@@ -8,16 +8,18 @@ is safe for several threads: see `driving`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as Many
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from attrs import frozen
 from torch import Tensor
 
 from nanovllm_core.contracts import Module, Shape, Tokenizer
 from nanovllm_core.errors import GenerationError
+from nanovllm_core.inference.flight import Asked, Flight
+from nanovllm_core.inference.lookup import Lookup
 from nanovllm_core.inference.paged import PagedRunner
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.params import SamplingParams
@@ -46,34 +48,6 @@ class Runner(Protocol):
     def left(self, row: int, last: int) -> None: ...
 
 
-@frozen(eq=False)
-class Flight:
-    """Tokens of sequences that were drawn, or will have been when the device comes to it."""
-
-    answered: list[Sequence]
-    logits_BV: Tensor | None  # where somebody asked for log-probabilities
-    _tokens_B: Tensor
-    _there: Any  # the event after which the host has them
-
-    @classmethod
-    def of(cls, answered: list[Sequence], logits_BV: Tensor, tokens_B: Tensor) -> Flight:
-        """Queues their way to the host."""
-        there = None
-        if tokens_B.is_cuda:
-            host_B = torch.empty(tokens_B.shape, dtype=tokens_B.dtype, pin_memory=True)
-            tokens_B, there = host_B.copy_(tokens_B, non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
-            there.record()
-        told = any(s.params.logprobs is not None for s in answered)
-        return cls(answered, logits_BV if told else None, tokens_B, there)
-
-    def tokens(self) -> list[int]:
-        """Waits for them."""
-        if self._there is not None:
-            self._there.synchronize()
-        found: list[int] = self._tokens_B.tolist()
-        return found
-
-
 class Engine:
     """A model that answers many prompts at once."""
 
@@ -92,12 +66,14 @@ class Engine:
         talk: Talk | None = None,
         ahead: bool | None = None,
         record: bool | None = None,
+        guesses: int = 0,
     ) -> None:
         """max_len: positions that prompt and answer may fill together; pages: of the cache, `page_size` tokens each;
         most: answers that are made at once; budget: tokens of a forward, at least `most`, None: by device; talk: with the ranks
         that hold the model together, which follow this one (`ranks.follow`); ahead: queue a forward before the tokens of the
         one before are seen, None: on a GPU; record: run steps of one token a sequence from recordings, None: where `ahead`.
-        Models without pages, and those of several ranks, do neither.
+        guesses: most tokens of a step that are guessed (`lookup`), where the engine is not ahead. Models without pages, and
+        those of several ranks, do none of these.
 
         Raises GenerationError where an answer of `max_len` would not fit in the pages.
         """
@@ -125,8 +101,11 @@ class Engine:
                 self.recorder = Recorder(
                     module, runner.kv, self.pool, runner.last_N, max_len, tokenizer.vocab_size, device
                 )
+        self.guesses, self.guessed, self.right = guesses, 0, 0
         budget = PREFILL if self.pool is None else budget or BUDGET[device]
         self.scheduler = Scheduler(self.pool, budget=max(budget, most), most=most)
+        if guesses and not self.ahead and talk is None:
+            self.scheduler.guess = self._guess
 
     @property
     def busy(self) -> bool:
@@ -163,35 +142,50 @@ class Engine:
 
     def _launch(self, parts: list[Part]) -> Flight:
         """Queue a forward and the draws after it."""
-        answered, tokens_B = [part.sequence for part in parts if part.ends], None
-        if self.recorder is not None and len(answered) == len(parts) and all(map(self.runner.has_kept, answered)):
-            logits_RV, tokens_B = self.recorder.step(answered)
+        asked = [Asked(part.sequence, part.guesses) for part in parts if part.ends]
+        vocabulary, tokens_B = self.tokenizer.vocab_size, None  # rows beyond are padding of the embedding
+        if (
+            self.recorder is not None
+            and len(asked) == len(parts)
+            and all(self.runner.has_kept(a.sequence) for a in asked)
+        ):
+            logits_RV, tokens_B = self.recorder.step([a.sequence for a in asked])
         else:
-            logits_RV = self.runner.forward(parts)[
-                :, : self.tokenizer.vocab_size
-            ]  # rows beyond are padding of the embedding
+            logits_RV = self.runner.forward(parts)[:, :vocabulary]
         for part in parts:
             self.scheduler.done(part)
         if tokens_B is None:
-            answered, logits_RV = self._with_forked(answered, logits_RV)
-        if tokens_B is None or any(s.watched or s.params.filters(logits_RV.shape[-1]) for s in answered):
-            draws = draws_of(answered, logits_RV.shape[-1], self.device)
-            tokens_B = self.module.ops.sample(penalised(logits_RV, answered), draws)
-            if self.ahead and answered:
-                self.runner.keep(answered, tokens_B)
-        for sequence in answered:
-            sequence.drawn += 1
-        return Flight.of(answered, logits_RV, tokens_B)
+            asked, logits_RV = self._with_forked(asked, logits_RV)
+        each = [a.sequence for a in asked for _ in range(a.rows)]
+        if tokens_B is None or any(s.watched or s.params.filters(vocabulary) for s in each):
+            draws = draws_of(each, vocabulary, self.device, [i for a in asked for i in range(a.rows)])
+            tokens_B = self.module.ops.sample(penalised(logits_RV, each), draws)
+            if self.ahead and asked:
+                self.runner.keep(each, tokens_B)
+        for a in asked:
+            a.sequence.drawn += 1
+        return Flight.of(asked, logits_RV, tokens_B)
 
-    def _with_forked(self, answered: list[Sequence], logits_RV: Tensor) -> tuple[list[Sequence], Tensor]:
+    def _with_forked(self, asked: list[Asked], logits_RV: Tensor) -> tuple[list[Asked], Tensor]:
         """With the other answers to prompts that were read to their end, which draw from the same logits."""
-        rows = list(range(len(answered)))
-        for row, sequence in enumerate(list(answered)):
-            if not sequence.ids and not sequence.drawn:
-                forked = self._forked(sequence)
-                answered = answered + forked
+        rows, row = list(range(len(logits_RV))), 0
+        for a in list(asked):
+            if not a.sequence.ids and not a.sequence.drawn:
+                forked = self._forked(a.sequence)
+                asked = asked + [Asked(other) for other in forked]
                 rows += [row] * len(forked)
-        return answered, logits_RV[rows] if len(rows) > len(logits_RV) else logits_RV
+            row += a.rows
+        return asked, logits_RV[rows] if len(rows) > len(logits_RV) else logits_RV
+
+    def _guess(self, sequence: Sequence, most: int) -> Many[int]:
+        """What may follow, where few enough answers run that reading more tokens costs little."""
+        most = min(most, self.guesses // len(self.scheduler.running))
+        if most < 1 or sequence.watched:
+            return ()
+        if sequence.lookup is None:
+            sequence.lookup = Lookup()
+        lookup: Lookup = sequence.lookup
+        return lookup.guess(sequence, most)
 
     def _land(self) -> list[Sequence]:
         """The tokens of the forward that was queued: to their sequences, those that are over leave."""
@@ -199,26 +193,42 @@ class Engine:
         if flight is None:
             return []
         tokens = flight.tokens()
-        if flight.logits_BV is not None:
-            note(flight.logits_BV, flight.answered, tokens)
-        told = []
-        for sequence, token in zip(flight.answered, tokens, strict=True):
+        if flight.logits_RV is not None:
+            note(flight.logits_RV, [a.sequence for a in flight.asked for _ in range(a.rows)], tokens)
+        told, rest = [], iter(tokens)
+        for a in flight.asked:
+            sequence, drawn = a.sequence, list(itertools.islice(rest, a.rows))
             sequence.drawn -= 1
             if sequence.finish_reason is not None:  # it ended while this was drawn
                 continue
             told.append(sequence)
-            if token < 0:
+            if not self._taken(sequence, drawn, a.guesses):
                 sequence.error = NotFinite()
                 self.abort(sequence)
-                continue
-            sequence.take(token, self.tokenizer.stop_ids)
-            self.scheduler.name(sequence)
-            if sequence.finish_reason is not None:
+            elif sequence.finish_reason is not None:
                 self._remove(sequence)
         for sequence in told:
             if sequence.error is None:
                 sequence.show()
         return told
+
+    def _taken(self, sequence: Sequence, drawn: Many[int], guesses: Many[int]) -> bool:
+        """Append what was drawn, as far as it was drawn after what is right; False where there was nothing to draw from."""
+        right = 0
+        for token, guess in zip(drawn, [*guesses, None], strict=True):
+            if token < 0:
+                return False
+            sequence.take(token, self.tokenizer.stop_ids)
+            if token != guess or sequence.finish_reason is not None:
+                break
+            right += 1
+        if guesses:
+            sequence.computed += right
+            assert sequence.lookup is not None
+            sequence.lookup.told(len(guesses), right)
+            self.guessed, self.right = self.guessed + len(guesses), self.right + right
+        self.scheduler.name(sequence)
+        return True
 
     def abort(self, sequence: Sequence) -> None:
         """An answer is not wanted any more; what it has stays in it."""

@@ -44,7 +44,7 @@ class PagedRunner:
         return self._kept[sequence.slot] is sequence.pages  # it has another list when it begins again
 
     def forward(self, parts: Many[Part]) -> Tensor:
-        """The logits [n, V] after each part that reaches its sequence's end, in order."""
+        """The logits [n, V] after each part that reaches its sequence's end, in order, and after each of its guesses."""
         tokens: list[int] = []
         select: list[int] = []
         unknown: list[tuple[int, int]] = []
@@ -53,11 +53,11 @@ class PagedRunner:
             if len(known) < part.last - part.first:
                 unknown.append((len(tokens), part.sequence.slot))
                 known = [0]
-            tokens += known
+            tokens += [*known, *part.guesses]
             if part.ends:
-                select.append(len(tokens) - 1)
-        lengths = [part.last - part.first for part in parts]
-        contexts, pages = [part.last for part in parts], [part.sequence.pages for part in parts]
+                select += range(len(tokens) - 1 - len(part.guesses), len(tokens))
+        lengths = [part.length for part in parts]
+        contexts, pages = [part.first + part.length for part in parts], [part.sequence.pages for part in parts]
         return self.run(tokens, lengths, contexts, pages, select, unknown)
 
     def run(

@@ -24,12 +24,15 @@ class NotFinite(GenerationError):
         super().__init__("the model's logits are not finite: its weights are damaged, or its training diverged")
 
 
-def draws_of(sequences: Many[Sequence], vocabulary: int, device: str) -> Draws:
-    """How the next token of each is drawn."""
+def draws_of(sequences: Many[Sequence], vocabulary: int, device: str, after: Many[int] | None = None) -> Draws:
+    """How the next token of each is drawn, or the one `after` so many others."""
     params = [s.params for s in sequences]
     filtered = [row for row, p in enumerate(params) if p.temperature > 0 and p.filters(vocabulary)]
     drawn = any(p.temperature > 0 for p in params)
-    u_B2 = np.stack([s.uniform() for s in sequences]) if drawn else np.zeros((len(params), 2))
+    later = after or [0] * len(params)
+    u_B2 = np.zeros((len(params), 2))
+    if drawn:
+        u_B2 = np.stack([s.uniform(more) for s, more in zip(sequences, later, strict=True)])
     return Draws(
         temperature_B=_sent([p.temperature for p in params], torch.float32, device),
         top_k_B=_sent([min(p.top_k or vocabulary, vocabulary) for p in params], torch.int64, device),

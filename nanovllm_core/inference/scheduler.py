@@ -8,6 +8,8 @@ which begins again later from what it has (its tokens are kept, its pages may st
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 
 from attrs import frozen
 
@@ -17,11 +19,17 @@ from nanovllm_core.inference.sequence import Sequence
 
 @frozen(eq=False)
 class Part:
-    """Tokens first to last - 1 of a sequence, to be read now."""
+    """Tokens first to last - 1 of a sequence, to be read now, and after them some that are guessed."""
 
     sequence: Sequence
     first: int
     last: int
+    guesses: Many[int] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read, the guessed ones included."""
+        return self.last - self.first + len(self.guesses)
 
     @property
     def ends(self) -> bool:
@@ -35,6 +43,7 @@ class Scheduler:
     def __init__(self, pool: PagePool | None, *, budget: int, most: int) -> None:
         """budget: tokens of one forward; most: sequences that run at once."""
         self.pool, self.budget, self.most = pool, budget, most
+        self.guess: Callable[[Sequence, int], Many[int]] = lambda sequence, most: ()  # at most so many tokens
         self._slots = list(range(most))[::-1]
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they were admitted
@@ -58,8 +67,9 @@ class Scheduler:
                 continue
             last = min(len(sequence), sequence.computed + left)
             if last > sequence.computed and self._room(sequence, last, parts):
-                parts.append(Part(sequence, sequence.computed, last))
-                left -= last - sequence.computed
+                guesses = self._guesses(sequence, left) if last == len(sequence) == sequence.computed + 1 else ()
+                parts.append(Part(sequence, sequence.computed, last, guesses))
+                left -= parts[-1].length
         while self.waiting and len(self.running) < self.most and left and self.preempted == before:
             part = self._admit(self.waiting[0], left, alone=not parts)
             if part is None:
@@ -68,7 +78,7 @@ class Scheduler:
             parts.append(part)
             left -= part.last - part.first
         if self.pool is not None:  # without pages the order is that of the rows
-            parts.sort(key=lambda part: part.last - part.first > 1)  # stable
+            parts.sort(key=lambda part: part.length > 1)  # stable
         return parts
 
     def done(self, part: Part) -> None:
@@ -123,6 +133,16 @@ class Scheduler:
         if last is not sequence:
             self.running[row] = last
         return row, len(self.running)
+
+    def _guesses(self, sequence: Sequence, left: int) -> Many[int]:
+        """What may follow its newest token, as far as there is room that nobody needs."""
+        pool, last = self.pool, len(sequence)
+        if pool is None:
+            return ()
+        here = (len(sequence.pages) + pool.free) * pool.size - last
+        guesses = self.guess(sequence, min(left - 1, sequence.room - len(sequence.ids) - 1, here))
+        self._extend(sequence, last + len(guesses))
+        return guesses
 
     def _run(self, sequence: Sequence) -> None:
         sequence.slot = self._slots.pop()

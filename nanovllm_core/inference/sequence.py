@@ -44,6 +44,7 @@ class Sequence:
     keys: list[bytes] = field(factory=list)  # of its full pages that are computed
     made: list[bytes] = field(factory=list)  # keys of its pages as far as anyone asked, whether it has these or not
     advanced: Callable[[], None] | None = None  # called when it got a token or is over
+    lookup: Any = None  # guesses at its next tokens (`lookup.Lookup`)
     shown: tuple[int, str | None] = (0, None)  # tokens, and why it is over: what other threads may read of it
     met: set[int] | None = field(init=False)  # tokens that it has, where they are made less likely
     siblings: list[Sequence] = field(factory=list)  # the other answers to its prompt; of the first one alone
@@ -75,12 +76,12 @@ class Sequence:
         """Whether the host must see each token before the next is drawn, or the logits that it is drawn from."""
         return self.met is not None or self.params.logprobs is not None
 
-    def uniform(self) -> NDArray[np.float64]:
-        """The two random numbers of the next token."""
+    def uniform(self, after: int = 0) -> NDArray[np.float64]:
+        """The two random numbers of the next token, or of one that is to come `after` so many others."""
         first, chances = self._chances
-        at = len(self) - first
+        at = len(self) + after - first
         if not 0 <= at < len(chances):
-            first, at = len(self), 0
+            first, at = len(self) + after, 0
             chances = uniforms(self.seed, first, AHEAD)
             self._chances = first, chances
         found: NDArray[np.float64] = chances[at]

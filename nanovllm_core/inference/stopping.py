@@ -23,18 +23,29 @@ class GrowingText:
         self.text = ""  # so far, whole characters only
         self.shown = 0  # ids whose text is in `text`
         self.start = 0  # where the window begins: some ids before `shown`, since decoding may depend on what precedes
+        self.seen = 0  # ids that were looked at
 
     def grow(self, ids: Sequence[int]) -> str:
         """The text of all `ids`, which begin as before; its end may be part of a character."""
+        text = self.text
+        for end in range(
+            min(self.seen + 1, len(ids)), len(ids) + 1
+        ):  # one by one: what is unfinished may be so for some
+            text = self._grow(ids, end)
+        self.seen = len(ids)
+        return text
+
+    def _grow(self, ids: Sequence[int], end: int) -> str:
+        """The text of the first `end` ids."""
         known = self.tokenizer.decode(ids[self.start : self.shown])
-        window = self.tokenizer.decode(ids[self.start :])
+        window = self.tokenizer.decode(ids[self.start : end])
         if len(window) <= len(known):
             if window == known:  # of tokens without a text
-                self.start, self.shown = self.shown, len(ids)
+                self.start, self.shown = self.shown, end
             return self.text
         text = self.text + window[len(known) :]
-        if not window.endswith(_UNFINISHED) or len(ids) - self.shown > _MOST:
-            self.text, self.start, self.shown = text, self.shown, len(ids)
+        if not window.endswith(_UNFINISHED) or end - self.shown > _MOST:
+            self.text, self.start, self.shown = text, self.shown, end
         return text
 
 

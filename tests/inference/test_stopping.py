@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,20 @@ def test_text_that_stays_unfinished_is_let_go() -> None:
             growing.grow(ids[:count])
             assert count - growing.start <= 20
         assert growing.text == tokenizer.decode(ids)[: len(growing.text)]
+
+
+def test_several_tokens_at_once_are_as_one_by_one() -> None:
+    """A consumer that is slow sees some at once, the last of them in the midst of a character."""
+    tokenizer = train(["漢字 und 😀, Zoë"] * 9, 270)
+    ids = tokenizer.encode(["abc 漢字漢字😀😀 Zoë " * 4])[0]
+    pick = random.Random(2)
+    for _ in range(50):
+        one, some, at = GrowingText(tokenizer), GrowingText(tokenizer), 0
+        while at < len(ids):
+            step = pick.randint(1, 14)
+            for end in range(at + 1, min(at + step, len(ids)) + 1):
+                one.grow(ids[:end])
+            at = min(at + step, len(ids))
+            some.grow(ids[:at])
+            assert some.text == one.text
+        assert some.grow(ids) == tokenizer.decode(ids)
