@@ -1,13 +1,15 @@
 """Generation on a CPU against `transformers.generate`: same weights, same prompts, alternating in one process.
 
-    python benchmarks/generate_cpu.py FOLDER [--steps 64] [--rounds 3] [--write benchmarks/results/NAME.json]
+    python benchmarks/generate_cpu.py FOLDER [--text FILE] [--steps 64] [--rounds 3] [--write benchmarks/results/NAME.json]
 
 FOLDER holds a model of a native family. One and 16 prompts of 64 random tokens (seeded) are continued by --steps tokens
 each, the likeliest every time and no end token heeded, in float32 and bfloat16. Speed is new tokens a second of the whole
 call, prompts and all, as `generate` counts; the ratio is of the best rounds, since what else runs on a machine only ever
-slows a round down. The share of bandwidth is what a step must read of the weights at least (each matrix once, of the
-embedding the head alone), times steps a second, by what this machine reads at best: at batch 1 it says how much of the
-time is memory's. `load` is what the machine had to do besides.
+slows a round down. `plain` is ours without guessed tokens (`prompt_lookup=0`), `ours` as it comes; answers to random prompts go
+round soon, which guessing likes, so --text takes eight passages of a text instead, answered one after the other, and at
+batch 1 transformers may guess too (`prompt_lookup_num_tokens=8`; `lookup`). The share of bandwidth is what a step must read
+of the weights at least (each matrix once, of the embedding the head alone), times steps a second of `plain`, by what this
+machine reads at best: at batch 1 it says how much of the time is memory's. `load` is what the machine had to do besides.
 """
 
 from __future__ import annotations
@@ -36,30 +38,43 @@ def prompts(batch: int, vocab_size: int) -> list[list[int]]:
     return torch.randint(0, vocab_size, (batch, PROMPT), generator=generator).tolist()
 
 
-def ours(folder: str, dtype: str, kernels: Any, steps: int) -> Any:
+def passages(folder: str, text: Path) -> list[list[int]]:
+    """Eight from all over a text."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(text.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    starts = range(0, len(ids) - PROMPT, (len(ids) - PROMPT) // 8)
+    return [ids[at : at + PROMPT] for at in starts[:8]]
+
+
+def ours(folder: str, dtype: str, kernels: Any, steps: int) -> dict[str, Any]:
     from nanovllm_core import LLM, SamplingParams
 
-    llm = LLM(folder, dtype=dtype, kernels=kernels)
     params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
-    return lambda ids: [answer["token_ids"] for answer in llm.generate(ids, params)]
+
+    def side(llm: Any) -> Any:
+        return lambda ids: [answer["token_ids"] for answer in llm.generate(ids, params)]
+
+    sides = {"plain": 0, "ours": None}
+    return {name: side(LLM(folder, dtype=dtype, kernels=kernels, prompt_lookup=n)) for name, n in sides.items()}
 
 
-def theirs(folder: str, dtype: str, steps: int) -> Any:
+def theirs(folder: str, dtype: str, steps: int) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
-    def run(ids: list[list[int]]) -> list[list[int]]:
+    def run(ids: list[list[int]], **options: Any) -> list[list[int]]:
         given = torch.tensor(ids)
         with torch.inference_mode():
             found = model.generate(
                 given, attention_mask=torch.ones_like(given), max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
-                pad_token_id=0, eos_token_id=None,
+                pad_token_id=0, eos_token_id=None, **options,
             )  # fmt: skip
         return found[:, PROMPT:].tolist()
 
-    return run
+    return {"transformers": run, "lookup": lambda ids: run(ids, prompt_lookup_num_tokens=8)}
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -87,7 +102,7 @@ def weights_bytes(folder: str, dtype: str) -> int:
 
 
 def measure(sides: dict[str, Any], ids: list[list[int]], steps: int, rounds: int) -> dict[str, Any]:
-    """Both sides in turn; tokens a second, best and median."""
+    """All sides in turn; tokens a second, best and median."""
     tokens = {side: run(ids[:1]) for side, run in sides.items()}  # warm
     speeds: dict[str, list[float]] = {side: [] for side in sides}
     loads = []
@@ -96,10 +111,13 @@ def measure(sides: dict[str, Any], ids: list[list[int]], steps: int, rounds: int
             took = seconds(lambda run=run, side=side: tokens.update({side: run(ids)}))
             speeds[side].append(len(ids) * steps / took)
         loads.append(round(os.getloadavg()[0], 2))
-    first, second = tokens.values()
+    first, second = tokens["ours"], tokens["transformers"]
     same = sum(a == b for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
-    result: dict[str, Any] = {"ratio_best": round(max(speeds["ours"]) / max(speeds["transformers"]), 3)}
-    result["ratio_median"] = round(statistics.median(speeds["ours"]) / statistics.median(speeds["transformers"]), 3)
+    result: dict[str, Any] = {}
+    for side in ("ours", "plain"):
+        name = "ratio" if side == "ours" else "plain_ratio"
+        result[f"{name}_best"] = round(max(speeds[side]) / max(speeds["transformers"]), 3)
+        result[f"{name}_median"] = round(statistics.median(speeds[side]) / statistics.median(speeds["transformers"]), 3)
     for side, found in speeds.items():
         result[f"{side}_best"], result[f"{side}_median"] = round(max(found), 1), round(statistics.median(found), 1)
         result[f"{side}_rounds"] = [round(s, 1) for s in found]
@@ -109,6 +127,7 @@ def measure(sides: dict[str, Any], ids: list[list[int]], steps: int, rounds: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
+    parser.add_argument("--text", type=Path, help="a file to take prompts from, for single answers")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kernels", default="auto", help="as in a recipe: a name, or JSON")
@@ -123,19 +142,21 @@ def main() -> None:
     table: dict[str, Any] = {}
     for dtype in DTYPES:
         config = transformers.AutoConfig.from_pretrained(args.folder)
-        sides = {
-            "ours": ours(args.folder, dtype, kernels, args.steps),
-            "transformers": theirs(args.folder, dtype, args.steps),
-        }
-        for batch in BATCHES:
-            found = measure(sides, prompts(batch, config.vocab_size), args.steps, args.rounds)
-            steps_a_second = found["ours_best"] / batch
+        sides = {**ours(args.folder, dtype, kernels, args.steps), **theirs(args.folder, dtype, args.steps)}
+        single = {name: lambda ids, run=run: [run([one])[0] for one in ids] for name, run in sides.items()}
+        several = {name: run for name, run in sides.items() if name != "lookup"}
+        cases = {f"batch {n}": (single if n == 1 else several, n, prompts(n, config.vocab_size)) for n in BATCHES}
+        if args.text:
+            cases["text, batch 1"] = single, 1, passages(args.folder, args.text)
+        for case, (those, batch, ids) in cases.items():
+            found = measure(those, ids, args.steps, args.rounds)
+            steps_a_second = found["plain_best"] / batch
             found["share_of_bandwidth"] = round(weights_bytes(args.folder, dtype) * steps_a_second / bandwidth, 3)
-            table[f"{dtype} batch {batch}"] = found
+            table[f"{dtype} {case}"] = found
+            speeds = ", ".join(f"{side} {found[f'{side}_best']:.1f}" for side in those)
             print(
-                f"{dtype} batch {batch}: ours {found['ours_best']:.1f} tokens/s, transformers "
-                f"{found['transformers_best']:.1f}, ratio {found['ratio_best']:.2f} (median {found['ratio_median']:.2f}), "
-                f"{found['share_of_bandwidth']:.0%} of the bandwidth, load {found['load'][-1]}",
+                f"{dtype} {case}: {speeds} tokens/s; ratio {found['ratio_best']:.2f} (median {found['ratio_median']:.2f}), plain "
+                f"{found['plain_ratio_best']:.2f} ({found['plain_ratio_median']:.2f}), load {found['load'][-1]}",
                 flush=True,
             )
     about = {

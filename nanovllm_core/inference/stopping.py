@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from nanovllm_core.contracts import Tokenizer
 
 _UNFINISHED = "\ufffd"  # what a tokenizer makes of incomplete UTF-8
-_MOST = 8  # tokens after which what is unfinished will stay so: a character has at most four bytes
+_MOST = 8  # tokens that end with what is unfinished, after which the first of them are let go
+_LONGEST = 4  # tokens of a character, which has at most four bytes
 
 
 class GrowingText:
@@ -44,8 +45,14 @@ class GrowingText:
                 self.start, self.shown = self.shown, end
             return self.text
         text = self.text + window[len(known) :]
-        if not window.endswith(_UNFINISHED) or end - self.shown > _MOST:
+        if not window.endswith(_UNFINISHED):
             self.text, self.start, self.shown = text, self.shown, end
+        elif end - self.shown > _MOST:  # bytes that are no text; the last ones may yet be
+            for cut in range(end - _LONGEST, self.shown, -1):
+                part = self.tokenizer.decode(ids[self.start : cut])
+                if len(part) > len(known) and window.startswith(part):  # no character stands across the cut
+                    self.text, self.start, self.shown = self.text + part[len(known) :], self.shown, cut
+                    break
         return text
 
 

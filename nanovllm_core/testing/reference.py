@@ -69,7 +69,10 @@ def paged_attention(
             pages_PSKH[place // pages_PSKH.shape[1], place % pages_PSKH.shape[1]] = new.to(pages_PSKH.dtype)
     found = []
     for q_LNH, table, n in zip(
-        torch.split(q_TNH, list(batch.lengths)), batch.paging.tables_DP.long(), batch.paging.contexts, strict=True
+        torch.split(q_TNH, list(batch.lengths)),
+        batch.paging.tables_DP.long(),
+        batch.paging.contexts_D.tolist(),
+        strict=True,
     ):
         k_SKH, v_SKH = (pages[table].flatten(0, 1)[:n].to(q_TNH.dtype) for pages in (kv.k_PSKH, kv.v_PSKH))
         found.append(_document(q_LNH, k_SKH, v_SKH, window))

@@ -131,6 +131,14 @@ def test_text_that_stays_unfinished_is_let_go() -> None:
         assert growing.text == tokenizer.decode(ids)[: len(growing.text)]
 
 
+def test_a_character_after_bytes_that_are_no_text_is_whole() -> None:
+    growing, raw = GrowingText(Bytes()), list(b"\x80" * 40 + "😀".encode() + b"\xf0\x9f" + "漢".encode())
+    for end in range(1, len(raw) + 1):
+        text = growing.grow(raw[:end])
+        assert text == bytes(raw[:end]).decode("utf-8", "replace")
+    assert growing.start > 30
+
+
 def test_several_tokens_at_once_are_as_one_by_one() -> None:
     """A consumer that is slow sees some at once, the last of them in the midst of a character."""
     tokenizer = train(["漢字 und 😀, Zoë"] * 9, 270)

@@ -44,8 +44,9 @@ def trainer_of(tiny, documents, heard=None, value=math.inf, **changes):
 
 
 def snapshot(trainer):
-    weights = [p.detach().clone() for p in trainer.model.module.parameters()]
-    return weights, copy.deepcopy(trainer.optimizer.state_dict()["state"])
+    parameters = list(trainer.model.module.parameters())
+    states = {i: trainer.optimizer.state[p] for i, p in enumerate(parameters) if p in trainer.optimizer.state}
+    return [p.detach().clone() for p in parameters], copy.deepcopy(states)
 
 
 def same(a, b):
