@@ -30,15 +30,18 @@ def speaks() -> bool:
 
 
 @cache
-def _only() -> threading.Lock:
-    """Of this process; held by who has told the user why it ends."""
-    return threading.Lock()
+def _telling() -> tuple[threading.Lock, list[str]]:
+    """Of this process: held by who tells the user why it ends, and what was told."""
+    return threading.Lock(), []
 
 
 def last_word(text: str) -> None:
-    """Tell the user why this process ends: the first of its reasons, however many threads find one."""
-    if _only().acquire(blocking=False):
-        os.write(2, f"nanovllm: {text}\n".encode())
+    """Tell the user why this process ends: the first of its reasons, however many threads find one. It is told on return."""
+    lock, told = _telling()
+    with lock:
+        if not told:
+            told.append(text)
+            os.write(2, f"nanovllm: {text}\n".encode())
 
 
 def end_rank(code: int) -> int:
@@ -65,7 +68,7 @@ def orphaned(within: float = 0.0) -> bool:
 def end_with_launcher(fail: Callable[[Elsewhere], None]) -> None:
     """From now on this process ends once the one that started it is no more; `fail` tells the other nodes."""
 
-    _only()  # before there are two threads that may ask for it
+    _telling()  # before there are two threads that may ask for it
 
     def mind() -> None:
         while not orphaned():

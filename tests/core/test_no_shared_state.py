@@ -30,7 +30,7 @@ ALLOWED = {
     "nanovllm_core.data.store.DOCUMENT": "the same",
     "nanovllm_core.data.sources.ROW": "a struct.Struct, of which nothing can be set",
     "nanovllm_core.testing.extractors.ANYTHING": "records of every JSON type, handed to extractors as copies",
-    "nanovllm_core.training.launched._only": "a lock of this process, which ends once",
+    "nanovllm_core.training.launched._telling": "why this process ends, which it does once",
     "nanovllm_core.literals.literal": "tables of installed packages, the same whenever they are read",
     "nanovllm_core.server.parameters.NEUTRAL": "values to compare a request's with, handed to nobody",
 }  # name: why it may stand
