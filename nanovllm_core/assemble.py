@@ -82,7 +82,8 @@ def opened(plan: ModelPlan, device: str, weight: Callable[[str], Tensor]) -> Mod
 def lay_side_by_side(module: Module) -> None:
     """Let the matrices of each block follow each other in one memory, where kernels may read several as one.
 
-    For generation on a GPU, where a token's products are short. A block's weights exist twice while it is laid out.
+    For generation on a GPU, where a token's products are short. A block's weights exist twice while it is laid out; what they leave
+    is given back, since the cache is sized by what is free.
     """
     for block in module.blocks:
         matrices = [p for p in block.parameters() if p.ndim == 2]
@@ -90,6 +91,7 @@ def lay_side_by_side(module: Module) -> None:
         if first is None or not first.is_cuda or any(is_spread(p) or p.dtype != first.dtype for p in matrices):
             continue
         lay(matrices)
+        torch.cuda.empty_cache()
 
 
 def lay(matrices: Sequence[nn.Parameter]) -> None:

@@ -116,7 +116,7 @@ class LLM:
         self.engine = Engine(
             self.module, self.tokenizer, shape, device,
             max_len=self.max_model_len, pages=pages, most=self.batch_size, talk=self._ranks.talk if self._ranks else None,
-            record=not enforce_eager, guesses=GUESSES if prompt_lookup is None else prompt_lookup,
+            record=False if enforce_eager else None, guesses=GUESSES if prompt_lookup is None else prompt_lookup,
         )  # fmt: skip
         self._driver = Driver(self.engine)
 

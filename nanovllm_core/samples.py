@@ -1,6 +1,6 @@
 """The recipe's prompts, answered while the model is trained and when it is finished.
 
-Training does not notice: answers draw from generators of their own, and the module is left as it was. What goes wrong with
+Training does not notice: answers draw by seed and position, and the module is left as it was. What goes wrong with
 a sample on the way is said and the training goes on; the finished model's answers are part of the run, and raise.
 """
 

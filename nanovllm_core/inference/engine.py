@@ -24,7 +24,7 @@ from nanovllm_core.inference.paged import PagedRunner
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.params import SamplingParams
 from nanovllm_core.inference.ranks import Talk, leading
-from nanovllm_core.inference.recording import Recorder
+from nanovllm_core.inference.recording import Recorder, recordable
 from nanovllm_core.inference.rows import PREFILL, RowsRunner, WholeRunner
 from nanovllm_core.inference.sampling import NotFinite, draws_of, note, penalised
 from nanovllm_core.inference.scheduler import Part, Scheduler
@@ -71,7 +71,8 @@ class Engine:
         """max_len: positions that prompt and answer may fill together; pages: of the cache, `page_size` tokens each;
         most: answers that are made at once; budget: tokens of a forward, at least `most`, None: by device; talk: with the ranks
         that hold the model together, which follow this one (`ranks.follow`); ahead: queue a forward before the tokens of the
-        one before are seen, None: on a GPU; record: run steps of one token a sequence from recordings, None: where `ahead`.
+        one before are seen, None: on a GPU; record: run steps of one token a sequence from recordings, None: where kernels
+        let it.
         guesses: most tokens of a step that are guessed (`lookup`), where the engine is not ahead. Models without pages, and
         those of several ranks, do none of these.
 
@@ -93,11 +94,11 @@ class Engine:
                     f"the cache has room for {pages * page_size} tokens, an answer may have {max_len}: set max_model_len lower, or "
                     "give the cache more memory"
                 )
-            self.pool = PagePool(pages, page_size)
+            self.pool, most = PagePool(pages, page_size), min(most, pages)
             runner = PagedRunner(module, shape, self.pool, device, most)
             self.runner = runner if talk is None else leading(runner, talk)
             self.ahead = (device == "cuda" if ahead is None else ahead) and talk is None
-            if self.ahead and record is not False:
+            if self.ahead and (record or (record is None and recordable(module.ops))):
                 self.recorder = Recorder(
                     module, runner.kv, self.pool, runner.last_N, max_len, tokenizer.vocab_size, device
                 )
@@ -245,9 +246,8 @@ class Engine:
             self.abort(sequence)
 
     def forget(self) -> None:
-        """Count all pages as free and unknown: a step that ended anywhere may have left one between two hands."""
-        if self.pool is not None:
-            self.pool.forget()
+        """Begin anew, when all answers are over: a step that ended anywhere may have left anything between two hands."""
+        self.scheduler.forget()
 
     def _remove(self, sequence: Sequence) -> None:
         moved = self.scheduler.remove(sequence)

@@ -42,7 +42,7 @@ def generate(
     most = min(most, len(asked))
     pages = sum(-(-size // PAGE) for size in sizes[:most])
     with evaluating(module):
-        engine = Engine(module, tokenizer, shape, device, max_len=sizes[0], pages=pages, most=most)
+        engine = Engine(module, tokenizer, shape, device, max_len=sizes[0], pages=pages, most=most, ahead=False)
         engine.enqueue(asked)
         while engine.busy:
             for sequence in engine.step():

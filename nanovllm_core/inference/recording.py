@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm_core.contracts import KV, Batch, Draws, Module, Paging
+from nanovllm_core.contracts import KV, Batch, Draws, Module, Ops, Paging
 from nanovllm_core.errors import GenerationError, reason
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.sequence import Sequence
@@ -90,8 +90,11 @@ class Recorder:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._memory):
+            # other threads may use the device meanwhile
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 logits_BV, tokens_B = self._forward(size)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as e:
             raise GenerationError(
                 f"a step of {size} answers cannot be recorded as a CUDA graph ({reason(e)}): one of its kernels waits for the "
@@ -133,6 +136,11 @@ class Recorder:
         tokens_B = self.module.ops.sample(logits_BV, draws)
         self.last_N.index_copy_(0, slots_B, tokens_B.clamp_min(0))
         return logits_BV, tokens_B
+
+
+def recordable(ops: Ops) -> bool:
+    """Whether attention over pages goes by what the device holds: it says so (`paged_attention.recordable`)."""
+    return bool(getattr(ops.paged_attention, "recordable", False))
 
 
 def bucket(count: int, most: int) -> int:

@@ -124,7 +124,8 @@ class Scheduler:
         """
         self._give_back(sequence)
         if sequence not in self.running:
-            self.waiting.remove(sequence)
+            if sequence in self.waiting:  # else an interruption came while it was admitted
+                self.waiting.remove(sequence)
             return None
         if self.pool is not None:
             self.running.remove(sequence)
@@ -139,7 +140,8 @@ class Scheduler:
         pool, last = self.pool, len(sequence)
         if pool is None:
             return ()
-        here = (len(sequence.pages) + pool.free) * pool.size - last
+        spare = max(0, pool.free - len(self.running))  # each of the others may want one
+        here = (len(sequence.pages) + spare) * pool.size - last
         guesses = self.guess(sequence, min(left - 1, sequence.room - len(sequence.ids) - 1, here))
         self._extend(sequence, last + len(guesses))
         return guesses
@@ -147,6 +149,14 @@ class Scheduler:
     def _run(self, sequence: Sequence) -> None:
         sequence.slot = self._slots.pop()
         self.running.append(sequence)
+
+    def forget(self) -> None:
+        """Nobody waits or runs, and all pages are free: a step that ended anywhere may have left one between two hands."""
+        self.waiting.clear()
+        self.running.clear()
+        self._slots = list(range(self.most))[::-1]
+        if self.pool is not None:
+            self.pool.forget()
 
     # ------------------------------------------------------------ pages
 

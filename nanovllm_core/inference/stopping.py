@@ -13,7 +13,7 @@ from nanovllm_core.contracts import Tokenizer
 
 _UNFINISHED = "\ufffd"  # what a tokenizer makes of incomplete UTF-8
 _MOST = 8  # tokens that end with what is unfinished, after which the first of them are let go
-_LONGEST = 4  # tokens of a character, which has at most four bytes
+_LONGEST = 4  # tokens of a character that have a text: it has at most four bytes
 
 
 class GrowingText:
@@ -48,7 +48,11 @@ class GrowingText:
         if not window.endswith(_UNFINISHED):
             self.text, self.start, self.shown = text, self.shown, end
         elif end - self.shown > _MOST:  # bytes that are no text; the last ones may yet be
-            for cut in range(end - _LONGEST, self.shown, -1):
+            settled, left = end, _LONGEST
+            while left and settled > self.shown:
+                settled -= 1
+                left -= self.tokenizer.decode([ids[settled]]) != ""
+            for cut in range(settled, self.shown, -1):
                 part = self.tokenizer.decode(ids[self.start : cut])
                 if len(part) > len(known) and window.startswith(part):  # no character stands across the cut
                     self.text, self.start, self.shown = self.text + part[len(known) :], self.shown, cut

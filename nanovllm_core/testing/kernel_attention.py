@@ -95,7 +95,7 @@ class AttentionTests(KernelTests):
             theirs, right = (KV(kv.k_PSKH.clone(), kv.v_PSKH.clone()) for _ in range(2))
             defining = evolve(call, args=[*call.args, right], kwargs=more)
             wanted = defined(request.operation, defining, ()).outputs[0]
-            if set(case.new) == {1}:
+            if set(case.new) == {1} and getattr(self.load(request), "recordable", False):
                 again, pages = recorded(call), KV(kv.k_PSKH.clone(), kv.v_PSKH.clone())
                 found = answer(self.load(request), evolve(again, args=[*again.args, pages], kwargs=more), ()).outputs[0]
                 rule = "`exact` False: contexts on the host are bounds, those on the device count"

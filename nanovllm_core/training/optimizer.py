@@ -60,21 +60,28 @@ class AdamW:
     def update(self, divisor: Tensor | None = None, skip: Tensor | None = None) -> None:
         """One step by gradients / `divisor`, or none where `skip` is 1: both fp32 on the device, which nobody waits for."""
         for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            if not trained:
-                continue
-            states = [self._state(p) for p in trained]
-            steps, averages, squares = (
-                [local(state[key]) for state in states] for key in ("step", "exp_avg", "exp_avg_sq")
-            )
-            torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
-                [local(p) for p in trained], [local(p.grad) for p in trained], averages, squares, [], steps, lr=group["lr"],
-                beta1=self.betas[0], beta2=self.betas[1], weight_decay=group["weight_decay"], eps=EPS, amsgrad=False,
-                maximize=False, grad_scale=divisor, found_inf=skip,
-            )  # fmt: skip
-            if skip is not None:
-                torch._foreach_sub_(steps, [skip] * len(steps))
+            alike: dict[object, list[nn.Parameter]] = {}  # what the kernel takes in one call
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault((p.device, p.dtype), []).append(p)
+            for trained in alike.values():
+                self._update(trained, group, divisor, skip)
+
+    def _update(
+        self, trained: Sequence[nn.Parameter], group: Mapping[str, Any], divisor: Tensor | None, skip: Tensor | None
+    ) -> None:
+        states = [self._state(p) for p in trained]
+        steps, averages, squares = (
+            [local(state[key]) for state in states] for key in ("step", "exp_avg", "exp_avg_sq")
+        )
+        torch._foreach_add_(steps, 1)
+        weights, gradients = [local(p) for p in trained], [local(p.grad) for p in trained if p.grad is not None]
+        torch._fused_adamw_(
+            weights, gradients, averages, squares, [], steps, lr=group["lr"], beta1=self.betas[0], beta2=self.betas[1],
+            weight_decay=group["weight_decay"], eps=EPS, amsgrad=False, maximize=False, grad_scale=divisor, found_inf=skip,
+        )  # fmt: skip
+        if skip is not None:
+            torch._foreach_sub_(steps, [skip] * len(steps))
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         if parameter not in self.state:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 
@@ -10,7 +11,7 @@ from nanovllm_core.inference.driving import Driver
 from nanovllm_core.inference.params import SamplingParams
 from nanovllm_core.inference.recording import bucket
 
-MODES = [{"ahead": True, "record": False}, {"ahead": True}]
+MODES = [{"ahead": True, "record": False}, {"ahead": True, "record": True}]
 SETTINGS = (
     {},
     {"most": 3},
@@ -84,7 +85,7 @@ def test_the_device_is_a_step_ahead_of_the_host(model, mode, monkeypatch) -> Non
 
 def test_steps_run_from_the_recorder(model, prompts_of, monkeypatch) -> None:
     """All but prompts; an answer that is watched, or filtered, draws anew from the recorded logits."""
-    engine = model.engine(ahead=True, pages=4000, budget=9999)
+    engine = model.engine(ahead=True, record=True, pages=4000, budget=9999)
     forward, calls = engine.runner.forward, []
     monkeypatch.setattr(engine.runner, "forward", lambda parts: calls.append(len(parts)) or forward(parts))
     more = {"top_k": 3}, {"logprobs": 1}, {"repetition_penalty": 2.0}
@@ -97,7 +98,7 @@ def test_an_answer_that_ends_early_wastes_nothing_but_a_token(model, prompts_of)
     """What was drawn after its end is dropped, and its pages hold only what they are known by."""
     [ids] = [model.ran(model.engine(), [[5, 6, 7]], GREEDY)[0]["token_ids"]]
     ends = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop_token_ids=[ids[7]])
-    engine = model.engine(ahead=True, page_size=1, pages=100, max_len=60)
+    engine = model.engine(ahead=True, record=True, page_size=1, pages=100, max_len=60)
     at = ids.index(ids[7])
     for _ in range(3):
         [output] = model.ran(engine, [[5, 6, 7]], ends)
@@ -108,7 +109,7 @@ def test_an_answer_that_ends_early_wastes_nothing_but_a_token(model, prompts_of)
 
 
 def test_damaged_logits_end_their_own_answer(model, prompts_of, monkeypatch) -> None:
-    engine = model.engine(ahead=True)
+    engine = model.engine(ahead=True, record=True)
     step, calls = engine.recorder.step, []
 
     def spoilt(sequences):
@@ -132,7 +133,7 @@ def test_damaged_logits_end_their_own_answer(model, prompts_of, monkeypatch) -> 
 
 
 def test_streams_and_errors_with_a_step_in_flight(model, prompts_of, monkeypatch) -> None:
-    driver = Driver(model.engine(ahead=True))
+    driver = Driver(model.engine(ahead=True, record=True))
     prompts = prompts_of(6, 20, seed=2)
     wanted = model.ran(model.engine(), prompts, GREEDY)
     asked = [a for [a] in driver.engine.answers(prompts, [GREEDY] * 6)]
@@ -156,3 +157,62 @@ def test_recordings_are_few() -> None:
     sizes = {n: bucket(n, 100) for n in range(1, 101)}
     assert all(size >= n for n, size in sizes.items())
     assert sorted(set(sizes.values())) == [1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 100]
+
+
+def test_nobody_is_recorded_whose_attention_does_not_say_so(model) -> None:
+    assert model.engine(ahead=True).recorder is None
+    assert model.engine(ahead=True, record=True).recorder is not None
+    assert model.engine(record=True).recorder is None
+
+
+def test_what_another_sequence_left_behind_is_not_read(model, prompts_of) -> None:
+    """Pages that are handed on hold what their last owner wrote, which may be no numbers."""
+    prompts = prompts_of(3, 9, seed=5)
+    wanted = model.ran(model.engine(), prompts, GREEDY)
+    for mode in ({}, *MODES):
+        engine = model.engine(**mode)
+        model.ran(engine, prompts_of(8, 60, seed=6), GREEDY)
+        for kv in engine.runner.kv:
+            kv.k_PSKH.fill_(float("nan"))
+            kv.v_PSKH.fill_(float("nan"))
+        engine.pool.forget()
+        assert model.ran(engine, prompts, GREEDY) == wanted
+
+
+@pytest.mark.parametrize("mode", [{}, *MODES], ids=str)
+def test_an_interruption_anywhere_leaves_an_engine_that_answers(model, prompts_of, mode) -> None:
+    """Ctrl-C at any line of a step, where a sequence, a page or a slot is between two hands."""
+    prompts = prompts_of(9, 20, seed=7)
+    wanted = model.ran(model.engine(), prompts, GREEDY)
+    driver, pick, hit = Driver(model.engine(pages=60, max_len=120, most=4, **mode)), random.Random(3), 0
+    files = ("scheduler.py", "engine.py", "pages.py")
+    for _ in range(150):
+        left = pick.randrange(1, 4000)
+
+        def trace(frame, event, arg):
+            nonlocal left
+            if not frame.f_code.co_filename.endswith(files):
+                return None
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        asked = [a for [a] in driver.engine.answers(prompts, [GREEDY] * 9)]
+        sys.settrace(trace)
+        try:
+            for _ in driver.run(asked):
+                pass
+        except KeyboardInterrupt:
+            hit += 1
+        finally:
+            sys.settrace(None)
+        driver._hear_if_free()
+        assert not driver.engine.busy
+        assert driver.engine.pool.free == driver.engine.pool.count
+    assert hit > 50
+    again = [a for [a] in driver.engine.answers(prompts, [GREEDY] * 9)]
+    for _ in driver.run(again):
+        pass
+    assert [a.output(model.tokenizer) for a in again] == wanted

@@ -139,6 +139,17 @@ def test_a_character_after_bytes_that_are_no_text_is_whole() -> None:
     assert growing.start > 30
 
 
+def test_tokens_without_a_text_stand_within_no_character() -> None:
+    class Silent(Bytes):
+        def decode(self, ids):
+            return super().decode([i for i in ids if i < 256])
+
+    growing, ids = GrowingText(Silent()), [*b"\xe2\x9f" * 6, 0xE2, 0x9F, 999, 999, 999, 0x82, 65]
+    for end in range(1, len(ids) + 1):
+        text = growing.grow(ids[:end])
+    assert text == Silent().decode(ids)
+
+
 def test_several_tokens_at_once_are_as_one_by_one() -> None:
     """A consumer that is slow sees some at once, the last of them in the midst of a character."""
     tokenizer = train(["漢字 und 😀, Zoë"] * 9, 270)

@@ -88,10 +88,11 @@ def _gathered(q_BNH: Tensor, kv: KV, paging: Paging, window: int | None) -> Tens
     size, kv_heads = kv.k_PSKH.shape[1:3]
     device = q_BNH.device
     tables_BP = paging.tables_DP[:, : -(-max(paging.contexts) // size)]
-    k_BKSH, v_BKSH = (
-        pages[tables_BP].flatten(1, 2).to(q_BNH.dtype).transpose(1, 2) for pages in (kv.k_PSKH, kv.v_PSKH)
-    )
-    back_BS = paging.contexts_D[:, None] - 1 - torch.arange(k_BKSH.shape[2], device=device)
+    back_BS = paging.contexts_D[:, None] - 1 - torch.arange(tables_BP.shape[1] * size, device=device)
     seen_BS = back_BS >= 0 if window is None else (back_BS >= 0) & (back_BS < window)
+    k_BKSH, v_BKSH = (  # where nobody has written there may be anything, and no number times 0 is none
+        pages[tables_BP].flatten(1, 2).to(q_BNH.dtype).masked_fill_(~seen_BS[:, :, None, None], 0).transpose(1, 2)
+        for pages in (kv.k_PSKH, kv.v_PSKH)
+    )
     q_BKGH = q_BNH.view(b, kv_heads, n // kv_heads, h)
     return scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=seen_BS[:, None, None]).reshape(b, n, h)

@@ -146,6 +146,9 @@ def paged_attention(
     return out
 
 
+paged_attention.recordable = True  # type: ignore[attr-defined]
+
+
 def _run(
     q_TNH: Tensor, batch: Batch, kv: KV, out_TNH: Tensor, window: int | None, first: int, last: int, longest: int
 ) -> None:
