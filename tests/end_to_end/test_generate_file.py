@@ -308,11 +308,11 @@ def test_many_wrong_lines_are_told_together(place, go):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--top-k", 0), "--top-k: got 0, allowed: None, or 1 and more"),
+        (("--top-k", 0), "--top-k: got 0, allowed: 1 and more"),
         (("--stop-token-id", -1), "--stop-token-id: got (-1,), allowed: token ids"),
         (("--n", 0), "--n: got 0, allowed: 1 to 1024"),
-        (("--batch-size", 0), "batch_size: got 0"),
-        (("--max-model-len", 0), "max_model_len: got 0, the model takes 1 to 4096"),
+        (("--batch-size", 0), "--batch-size: got 0"),
+        (("--max-model-len", 0), "--max-model-len: got 0, the model takes 1 to 4096"),
         (("--kernels", "tirton"), "did you mean 'triton'"),
         (("--out", "in.jsonl"), "--out: got in.jsonl, which is the input"),
         (("--out", "."), "--out: got ., which is no file"),
