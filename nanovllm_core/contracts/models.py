@@ -96,9 +96,7 @@ class Paging:
     A document of the batch is then the newest part of a sequence: its last tokens, those of `lengths`.
     """
 
-    contexts: tuple[
-        int, ...
-    ]  # tokens of each sequence, these included; on the host, and at least so many (see `exact`)
+    contexts: tuple[int, ...]  # tokens of each sequence, these included, on the host; or more (see `exact`)
     contexts_D: Tensor  # [D] int32, the same on the device
     tables_DP: Tensor  # [D, P] int32: the pages of each sequence in order; beyond its context any page
     runs: tuple[int, ...]  # first page of a sequence whose pages follow each other in memory, else -1; on the host

@@ -91,9 +91,10 @@ class Scheduler:
         if self.pool is None:
             return
         size = self.pool.size
-        for i in range(len(sequence.keys), min(sequence.computed, sequence.known) // size):
-            sequence.keys.append(_key(sequence, i, size))
-            self.pool.name(sequence.pages[i], sequence.keys[i])
+        full = min(sequence.computed, sequence.known) // size
+        for i in range(sequence.named, full):
+            self.pool.name(sequence.pages[i], _key(sequence, i, size))
+        sequence.named = full
 
     def fork(self, sequence: Sequence, like: Sequence) -> list[tuple[int, int]] | None:
         """Let a sequence that waits share the pages of one whose prompt is read, and run.
@@ -109,7 +110,8 @@ class Scheduler:
             return None
         self.waiting.remove(sequence)
         self._run(sequence)
-        sequence.computed, sequence.keys, sequence.pages = like.computed, like.keys[:full], like.pages[:full]
+        sequence.computed, sequence.pages = like.computed, like.pages[:full]
+        sequence.keys, sequence.named = like.keys[:full], full
         for page in sequence.pages:
             pool.hold(page)
         if not partial:
@@ -164,7 +166,7 @@ class Scheduler:
         if self.pool is not None:
             for page in reversed(sequence.pages):  # the first is wanted longest
                 self.pool.release(page)
-        sequence.pages, sequence.keys, sequence.computed = [], [], 0
+        sequence.pages, sequence.named, sequence.computed = [], 0, 0
         if sequence.slot >= 0:
             self._slots.append(sequence.slot)
             sequence.slot = -1
@@ -196,36 +198,34 @@ class Scheduler:
             return None  # it will share the pages
         if pool is None:
             return Part(sequence, 0, whole) if alone or whole <= left else None
-        keys, known = self._known(sequence)
+        known = self._known(sequence)
         held = sum(1 for page in known if not pool.holders(page))  # of the free ones
         if pool.needed(whole) - len(known) + held > pool.free:
             return None
         for page in known:
             pool.hold(page)
-        sequence.keys, sequence.pages, sequence.computed = keys, known, len(known) * pool.size
+        sequence.named, sequence.pages, sequence.computed = len(known), known, len(known) * pool.size
         self.reused += sequence.computed
         last = min(whole, sequence.computed + left)
         self._extend(sequence, last)
         return Part(sequence, sequence.computed, last)
 
-    def _known(self, sequence: Sequence) -> tuple[list[bytes], list[int]]:
-        """The pages that hold the beginning of a sequence, and their keys; at least its last token is left to read."""
+    def _known(self, sequence: Sequence) -> list[int]:
+        """The pages that hold the beginning of a sequence; at least its last token is left to read."""
         assert self.pool is not None
-        size, keys, found = self.pool.size, list[bytes](), list[int]()
+        size, found = self.pool.size, list[int]()
         for i in range((len(sequence) - 1) // size):
-            key = _key(sequence, i, size)
-            page = self.pool.find(key)
+            page = self.pool.find(_key(sequence, i, size))
             if page is None:
                 break
-            keys.append(key)
             found.append(page)
-        return keys, found
+        return found
 
 
 def _key(sequence: Sequence, page: int, size: int) -> bytes:
     """The key of a sequence's page; each is made once, since tokens that are known stay."""
-    made = sequence.made
-    while len(made) <= page:
-        first = len(made) * size
-        made.append(key_of(made[-1] if made else b"", sequence.tokens(first, first + size)))
-    return made[page]
+    keys = sequence.keys
+    while len(keys) <= page:
+        first = len(keys) * size
+        keys.append(key_of(keys[-1] if keys else b"", sequence.tokens(first, first + size)))
+    return keys[page]

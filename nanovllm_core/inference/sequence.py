@@ -41,8 +41,8 @@ class Sequence:
     computed: int = 0  # tokens whose keys and values are in the pages
     slot: int = -1  # its place on the device while it runs
     pages: list[int] = field(factory=list)
-    keys: list[bytes] = field(factory=list)  # of its full pages that are computed
-    made: list[bytes] = field(factory=list)  # keys of its pages as far as anyone asked, whether it has these or not
+    keys: list[bytes] = field(factory=list)  # of its full pages as far as anyone asked, whether it has these or not
+    named: int = 0  # of its pages, those whose tokens are computed and known
     advanced: Callable[[], None] | None = None  # called when it got a token or is over
     lookup: Any = None  # guesses at its next tokens (`lookup.Lookup`)
     shown: tuple[int, str | None] = (0, None)  # tokens, and why it is over: what other threads may read of it
