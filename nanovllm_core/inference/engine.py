@@ -150,6 +150,7 @@ class Engine:
             and len(asked) == len(parts)
             and all(self.runner.has_kept(a.sequence) for a in asked)
         ):
+            asked.sort(key=lambda a: -len(a.sequence))  # a device that begins with the longest has no stragglers
             logits_RV, tokens_B = self.recorder.step([a.sequence for a in asked])
         else:
             logits_RV = self.runner.forward(parts)[:, :vocabulary]

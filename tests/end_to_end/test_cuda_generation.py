@@ -39,6 +39,16 @@ def test_the_gpu_answers_as_the_cpu(small_model, kernels):
     assert parted(found, wanted) <= 2
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_gpus_answer_as_the_cpu(small_model, ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"fewer than {ranks} CUDA devices")
+    some = prompts(30)
+    wanted = LLM(small_model, machine=Machine()).generate(some, GREEDY)
+    llm = LLM(small_model, dtype="float32", tensor_parallel_size=ranks, kv_cache_tokens=1 << 14)
+    assert parted(llm.generate(some, GREEDY), wanted) <= 2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("room", [1 << 14, 1024], ids=["room", "tight"])
 def test_recorded_steps_answer_as_eager_ones(small_model, dtype, room):

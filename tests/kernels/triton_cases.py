@@ -185,11 +185,28 @@ def test_refuses_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reason in refused.why
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("operation", TRAINED)
+def test_generation_has_ways_of_its_own(operation: str, dtype: str) -> None:
+    """No gradients, weights in the compute dtype: one row, some, none; parts of wider rows; in new memory that holds NaN."""
+    request = evolve(request_for(operation, dtype), training=False)
+    function = Triton().load(request)
+    for lengths in ((5, 1, 9), (1,), ()):
+        for call in calls(request, lengths):
+            wanted = defined(operation, call, ())
+            with poisoned():
+                same(answer(function, call, ()), wanted, dtype, (call.label, lengths))
+            for i in call.activations if operation not in ("linear_cross_entropy", "linear") else ():
+                call.args[i] = strided(call.args[i]).tensor
+            same(answer(function, call, ()), wanted, dtype, (call.label, lengths, "strided"))
+
+
 @pytest.mark.parametrize("bias", [False, True])
-def test_weights_side_by_side_are_one_product(bias: bool) -> None:
+@pytest.mark.parametrize("lengths", [(5, 2), (1,)])
+def test_weights_side_by_side_are_one_product(bias: bool, lengths: tuple[int, ...]) -> None:
     """To generate; where there is a bias, or a gradient, or other memory, each is a product of its own."""
     request = evolve(request_for("norm_linear"), training=False)
-    call = calls(request, (5, 2))[0]
+    call = calls(request, lengths)[0]
     weights = [nn.Parameter(w.float()) for w in call.args[4::2]]
     wanted = defined("norm_linear", call, ()).outputs
     if not bias:

@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from nanovllm_kernels.triton_row import linear_of_one, single
 from nanovllm_kernels.triton_sums import column_sums
+
+MANY = 1 << 15  # outputs from which on cuBLAS reads weights as fast as the memory gives them
 
 
 def weight_gradient(grad_TO: Tensor, x_TI: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,6 +52,8 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias in x's dtype; the weight's gradient in the weight's."""
+    if single(x, weight_OI, bias_O) and len(weight_OI) <= MANY:
+        return linear_of_one(x, weight_OI, bias_O)
     if x.ndim == 2:
         return _Linear.apply(x, weight_OI, bias_O)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight_OI, bias_O).view(*x.shape[:-1], -1)

@@ -10,7 +10,10 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 PER_PROCESSOR = 4  # programs of a kernel whose programs walk over many rows
 ON_CPU = 3  # in the interpreter: few, so that tests meet programs with several tiles
@@ -31,3 +34,18 @@ def programs(device: torch.device, tiles: int) -> int:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache
+def launch_early(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that comes to the device before the one in front of it is done, and waits by itself: since Hopper."""
+    early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@triton.jit
+def begin(EARLY: tl.constexpr):
+    """Let the next kernel come, and wait for the results of the one before."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()

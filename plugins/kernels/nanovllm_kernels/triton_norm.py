@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanovllm_kernels.triton_launch import programs, rows_of
+from nanovllm_kernels.triton_launch import begin, launch_early, programs, rows_of
 from nanovllm_kernels.triton_sums import column_sums
 
 VALUES = 2048  # of a tile: rows that a program holds at once x the row's size
@@ -23,7 +23,8 @@ VALUES = 2048  # of a tile: rows that a program holds at once x the row's size
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward(x_ptr, more_ptr, weight_ptr, sum_ptr, out_ptr, rows, x_stride, more_stride, eps,
-             SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr):  # fmt: skip
+             SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    begin(EARLY)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < SIZE)
@@ -73,7 +74,7 @@ def add_norm(x: Tensor, more: Tensor | None, weight_C: Tensor, eps: float) -> tu
         sizes = tile(size)
         _forward[(triton.cdiv(len(x_RC), sizes["ROWS"]),)](
             x_RC, more_RC, weight_C, summed, out, len(x_RC), x_RC.stride(0), more_RC.stride(0), eps, MORE=more is not None,
-            **sizes,
+            **sizes, **launch_early(x.device),
         )  # fmt: skip
     return summed, out
 

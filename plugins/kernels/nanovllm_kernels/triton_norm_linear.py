@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from nanovllm_kernels.products import weight_gradient
 from nanovllm_kernels.triton_norm import add_norm, norm_gradients
+from nanovllm_kernels.triton_row import norm_linear_of_one, single
 from nanovllm_kernels.triton_sums import column_sums
 
 
@@ -56,9 +57,12 @@ def norm_linear(
     if not torch.is_grad_enabled():
         whole_OC = _side_by_side(matrices[::2]) if not any(b is not None for b in matrices[1::2]) else None
         if whole_OC is not None and whole_OC.dtype == x_TC.dtype:
-            summed_TC, normed_TC = add_norm(x_TC, more_TC, norm_C, eps)
-            sizes = [len(w) for w in matrices[::2] if w is not None]
-            return summed_TC, *F.linear(normed_TC, whole_OC).split(sizes, dim=1)
+            if single(x_TC, whole_OC):
+                summed_TC, out_TO = norm_linear_of_one(x_TC, more_TC, norm_C, eps, whole_OC, None)
+            else:
+                summed_TC, normed_TC = add_norm(x_TC, more_TC, norm_C, eps)
+                out_TO = F.linear(normed_TC, whole_OC)
+            return summed_TC, *out_TO.split([len(w) for w in matrices[::2] if w is not None], dim=1)
     return _NormLinear.apply(x_TC, more_TC, norm_C, eps, *matrices)
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from nanovllm_core.contracts import KV, Batch
 from nanovllm_kernels.torch_attention import documents
-from nanovllm_kernels.triton_launch import ON_CPU, processors, rows_of
+from nanovllm_kernels.triton_launch import ON_CPU, begin, launch_early, processors, rows_of
 
 ROWS = 16  # fewest of a tile: what tensor cores take
 TOKENS = 64  # rows of a tile of a prompt
 ONE = MappingProxyType(
-    {"KEYS": 64, "num_warps": 4, "num_stages": 3}
+    {"KEYS": 32, "num_warps": 2, "num_stages": 2}
 )  # a step of single tokens: keys, and how they are read
 SOME = MappingProxyType({"KEYS": 64, "num_warps": 4, "num_stages": 3})  # of prompts
 WAVES = 4  # programs per processor that decoding aims at
@@ -43,16 +43,17 @@ def _write(k_ptr, v_ptr, place_ptr, k_page_ptr, v_page_ptr, k_stride, v_stride,
     tl.store(v_page_ptr + place, v.to(v_page_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["first", "q_stride", "table_stride", "window"])
-def _attend(q_ptr, k_page_ptr, v_page_ptr, table_ptr, context_ptr, start_ptr, out_ptr, part_ptr, sums_ptr,
-            first, q_stride, table_stride, scale, window,
+@triton.jit(do_not_specialize=["first", "q_stride", "k_stride", "v_stride", "table_stride", "window"])
+def _attend(q_ptr, k_ptr, v_ptr, place_ptr, k_page_ptr, v_page_ptr, table_ptr, context_ptr, start_ptr, out_ptr, part_ptr,
+            sums_ptr, first, q_stride, k_stride, v_stride, table_stride, scale, window,
             HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
             TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr,
-            PRECISION: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    document, kv_head = first + tl.program_id(0), tl.program_id(1)
+            PRECISION: tl.constexpr, WIDE: tl.constexpr, NEW: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    begin(EARLY)
+    kv_head, document = tl.program_id(0), first + tl.program_id(1)  # long documents first: the short ones fill the gaps
     tile, part = tl.program_id(2) // PARTS, tl.program_id(2) % PARTS
-    begin = tl.load(start_ptr + document)
-    length = tl.load(start_ptr + document + 1) - begin
+    start = tl.load(start_ptr + document)
+    length = tl.load(start_ptr + document + 1) - start
     context = tl.load(context_ptr + document)
     if tile * TOKENS < length:
         row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -60,7 +61,7 @@ def _attend(q_ptr, k_page_ptr, v_page_ptr, table_ptr, context_ptr, start_ptr, ou
         known = (token < length) & (row < TOKENS * GROUP)
         at = context - length + token  # the position of each row's token
         head = kv_head * GROUP + row % GROUP
-        q_place = (begin + token).to(tl.int64)[:, None] * q_stride + head[:, None] * SIZE + column[None, :]
+        q_place = (start + token).to(tl.int64)[:, None] * q_stride + head[:, None] * SIZE + column[None, :]
         q = tl.load(q_ptr + q_place, known[:, None] & (column < SIZE)[None, :], 0.0)
         if WIDE:
             q = q.to(tl.float32)
@@ -68,12 +69,26 @@ def _attend(q_ptr, k_page_ptr, v_page_ptr, table_ptr, context_ptr, start_ptr, ou
         low = 0
         if WINDOW:
             low = tl.maximum(0, context - length + tile * TOKENS + 1 - window) // KEYS * KEYS
+        if NEW:
+            end = context - 1
         share = tl.cdiv(tl.cdiv(end - low, PARTS), KEYS) * KEYS
         low = low + part * share
         end = tl.minimum(end, low + share)
         largest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         found = tl.zeros([ROWS, BLOCK], tl.float32)
+        if NEW:  # noqa: SIM102 (one is known when the kernel is compiled)
+            if part == PARTS - 1:
+                # The newest key and value: from where they were made, and to their page.
+                new = kv_head * SIZE + column
+                k_new = tl.load(k_ptr + start.to(tl.int64) * k_stride + new, column < SIZE, 0.0)
+                v_new = tl.load(v_ptr + start.to(tl.int64) * v_stride + new, column < SIZE, 0.0)
+                to = tl.load(place_ptr + start) * (HEADS * SIZE) + new
+                tl.store(k_page_ptr + to, k_new.to(k_page_ptr.dtype.element_ty), column < SIZE)
+                tl.store(v_page_ptr + to, v_new.to(v_page_ptr.dtype.element_ty), column < SIZE)
+                largest = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
+                total = tl.full([ROWS], 1.0, tl.float32)
+                found += v_new.to(tl.float32)[None, :]
         for key in range(low, end, KEYS):
             position = key + tl.arange(0, KEYS)
             there = position < end
@@ -98,10 +113,10 @@ def _attend(q_ptr, k_page_ptr, v_page_ptr, table_ptr, context_ptr, start_ptr, ou
             largest = now
         if PARTS == 1:
             found = found / tl.where(known, total, 1.0)[:, None]
-            o_place = ((begin + token).to(tl.int64) * (HEADS * GROUP) + head)[:, None] * SIZE + column[None, :]
+            o_place = ((start + token).to(tl.int64) * (HEADS * GROUP) + head)[:, None] * SIZE + column[None, :]
             tl.store(out_ptr + o_place, found.to(out_ptr.dtype.element_ty), known[:, None] & (column < SIZE)[None, :])
         else:  # one token a document
-            to = (tl.program_id(0).to(tl.int64) * (HEADS * GROUP) + head) * PARTS + part
+            to = (tl.program_id(1).to(tl.int64) * (HEADS * GROUP) + head) * PARTS + part
             tl.store(part_ptr + to[:, None] * SIZE + column[None, :], found, known[:, None] & (column < SIZE)[None, :])
             tl.store(sums_ptr + to * 2, largest, known)
             tl.store(sums_ptr + to * 2 + 1, total, known)
@@ -109,7 +124,8 @@ def _attend(q_ptr, k_page_ptr, v_page_ptr, table_ptr, context_ptr, start_ptr, ou
 
 @triton.jit
 def _join(part_ptr, sums_ptr, out_ptr,
-          SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+          SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     part, column = tl.arange(0, LANES), tl.arange(0, BLOCK)
     there = part < PARTS
@@ -128,21 +144,23 @@ def paged_attention(
     """As `contracts.Ops.paged_attention`, [T, N, H]. Single new tokens come before the parts of prompts."""
     paging = batch.paging
     assert paging is not None
-    k_rows, v_rows = (rows_of(x.flatten(1)) for x in (k_TKH, v_TKH))
-    width = k_rows.shape[1]
-    _write[(len(k_rows),)](
-        k_rows, v_rows, paging.places_T, kv.k_PSKH, kv.v_PSKH, k_rows.stride(0), v_rows.stride(0), WIDTH=width,
-        BLOCK=triton.next_power_of_2(width),
-    )  # fmt: skip
-    if paging.exact and paging.contexts == batch.lengths:
+    k_TC, v_TC = (rows_of(x.flatten(1)) for x in (k_TKH, v_TKH))
+    whole = paging.exact and paging.contexts == batch.lengths  # prompts from their beginning
+    ones = next((d for d, length in enumerate(batch.lengths) if length != 1), len(batch.lengths))
+    first, width = 0 if whole else ones, k_TC.shape[1]
+    if first < len(k_TC):
+        _write[(len(k_TC) - first,)](
+            k_TC[first:], v_TC[first:], paging.places_T[first:], kv.k_PSKH, kv.v_PSKH, k_TC.stride(0), v_TC.stride(0),
+            WIDTH=width, BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
+    if whole:
         return documents(q_TNH, k_TKH, v_TKH, batch.lengths, window)
     out = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     q_TNH = q_TNH if q_TNH[0].is_contiguous() else q_TNH.contiguous()
-    ones = next((d for d, length in enumerate(batch.lengths) if length != 1), len(batch.lengths))
     if ones:
-        _run(q_TNH, batch, kv, out, window, 0, ones, 1)
+        _run(q_TNH, k_TC, v_TC, batch, kv, out, window, 0, ones, 1)
     if ones < len(batch.lengths):
-        _run(q_TNH, batch, kv, out, window, ones, len(batch.lengths), max(batch.lengths[ones:]))
+        _run(q_TNH, k_TC, v_TC, batch, kv, out, window, ones, len(batch.lengths), max(batch.lengths[ones:]))
     return out
 
 
@@ -150,9 +168,10 @@ paged_attention.recordable = True  # type: ignore[attr-defined]
 
 
 def _run(
-    q_TNH: Tensor, batch: Batch, kv: KV, out_TNH: Tensor, window: int | None, first: int, last: int, longest: int
-) -> None:
-    """Documents first to last - 1, of at most `longest` new tokens each."""
+    q_TNH: Tensor, k_TC: Tensor, v_TC: Tensor, batch: Batch, kv: KV, out_TNH: Tensor, window: int | None, first: int, last: int,
+    longest: int,
+) -> None:  # fmt: skip
+    """Documents first to last - 1, of at most `longest` new tokens each; the keys and values of single ones are written too."""
     paging = batch.paging
     assert paging is not None
     _, n, size = q_TNH.shape
@@ -164,20 +183,22 @@ def _run(
     part = torch.empty((documents_here * n, parts, size) if several else 1, dtype=torch.float32, device=q_TNH.device)
     sums = torch.empty((documents_here * n, parts, 2) if several else 1, dtype=torch.float32, device=q_TNH.device)
     block = max(16, triton.next_power_of_2(size))
-    _attend[(documents_here, heads, triton.cdiv(longest, tokens) * parts)](
-        q_TNH, kv.k_PSKH, kv.v_PSKH, paging.tables_DP, paging.contexts_D, batch.cu_seqlens, out_TNH, part, sums,
-        first, q_TNH.stride(0), paging.tables_DP.stride(0), size**-0.5 * 1.4426950408889634, window or 0,
+    _attend[(heads, documents_here, triton.cdiv(longest, tokens) * parts)](
+        q_TNH, k_TC, v_TC, paging.places_T, kv.k_PSKH, kv.v_PSKH, paging.tables_DP, paging.contexts_D, batch.cu_seqlens,
+        out_TNH, part, sums, first, q_TNH.stride(0), k_TC.stride(0), v_TC.stride(0), paging.tables_DP.stride(0),
+        size**-0.5 * 1.4426950408889634, window or 0,
         HEADS=heads, GROUP=group, SIZE=size, BLOCK=block, PAGE=page, TOKENS=tokens,
         ROWS=max(ROWS, triton.next_power_of_2(tokens * group)), PARTS=parts, WINDOW=window is not None,
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
         WIDE=q_TNH.device.type == "cpu",  # the interpreter's products know no bf16
-        **(ONE if longest == 1 else SOME),
+        NEW=longest == 1, **launch_early(q_TNH.device), **(ONE if longest == 1 else SOME),
     )  # fmt: skip
     if several:
         rows: Any = out_TNH[first : first + documents_here]  # one token each
         _join[(documents_here * n,)](
-            part, sums, rows, SIZE=size, BLOCK=block, PARTS=parts, LANES=triton.next_power_of_2(parts)
-        )
+            part, sums, rows, SIZE=size, BLOCK=block, PARTS=parts, LANES=triton.next_power_of_2(parts),
+            **launch_early(q_TNH.device),
+        )  # fmt: skip
 
 
 def _parts(tiles: int, longest: int, device: torch.device) -> int:

@@ -15,16 +15,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanovllm_kernels.triton_launch import programs
+from nanovllm_kernels.triton_launch import begin, launch_early, programs
 from nanovllm_kernels.triton_sums import column_sums
 
 VALUES = 4096  # of a tile, of which each thread holds 32
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _forward(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, tokens, token_stride, head_stride, angle_stride, eps,
-             N: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-             NORM: tl.constexpr):  # fmt: skip
+@triton.jit
+def _rotate(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, tokens, token_stride, head_stride, angle_stride, eps,
+            N: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+            NORM: tl.constexpr):  # fmt: skip
     token = (tl.program_id(0) * TILE + tl.arange(0, TILE))[:, None, None].to(tl.int64)
     head, column = tl.arange(0, HEADS)[None, :, None], tl.arange(0, BLOCK)[None, None, :]
     angle = token * angle_stride + column
@@ -41,6 +41,28 @@ def _forward(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, tokens, token_stride,
     out = out_ptr + (token * N + head) * (2 * HALF) + column
     tl.store(out, (a * cos - b * sin).to(out_ptr.dtype.element_ty), inside)
     tl.store(out + HALF, (b * cos + a * sin).to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _forward(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, tokens, token_stride, head_stride, angle_stride, eps,
+             N: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+             NORM: tl.constexpr):  # fmt: skip
+    _rotate(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, tokens, token_stride, head_stride, angle_stride, eps,
+            N, HALF, TILE, HEADS, BLOCK, NORM)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _both(q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens,
+          q_token_stride, k_token_stride, q_head_stride, k_head_stride, angle_stride, eps,
+          N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, K_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+          NORM: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    begin(EARLY)
+    if tl.program_id(1) == 0:
+        _rotate(q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, tokens, q_token_stride, q_head_stride, angle_stride, eps,
+                N, HALF, 1, HEADS, BLOCK, NORM)  # fmt: skip
+    else:
+        _rotate(k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr, tokens, k_token_stride, k_head_stride, angle_stride, eps,
+                K, HALF, 1, K_HEADS, BLOCK, NORM)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -127,6 +149,8 @@ class _Rotated(torch.autograd.Function):
 
 def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:
     """q and k rotated by halves (Su et al., 2021): (a, b) -> (a cos - b sin, b cos + a sin)."""
+    if not torch.is_grad_enabled():
+        return _together(q_TNH, k_TKH, None, None, 0.0, cos_TH, sin_TH)
     return _Rotated.apply(q_TNH, None, 0.0, cos_TH, sin_TH), _Rotated.apply(k_TKH, None, 0.0, cos_TH, sin_TH)
 
 
@@ -134,10 +158,29 @@ def norm_rotary(
     q_TNH: Tensor, k_TKH: Tensor, q_norm_H: Tensor, k_norm_H: Tensor, eps: float, cos_TH: Tensor, sin_TH: Tensor
 ) -> tuple[Tensor, Tensor]:
     """RMS norm of each head, then the rotation, rounded once."""
+    if not torch.is_grad_enabled():
+        return _together(q_TNH, k_TKH, q_norm_H, k_norm_H, eps, cos_TH, sin_TH)
     return (
         _Rotated.apply(q_TNH, q_norm_H, eps, cos_TH, sin_TH),
         _Rotated.apply(k_TKH, k_norm_H, eps, cos_TH, sin_TH),
     )
+
+
+def _together(
+    q: Tensor, k: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both in one launch, a token a program: nothing is kept for a backward."""
+    q, k, cos, sin = _heads(q), _heads(k), _angles(cos), _angles(sin)
+    outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    if len(q):
+        heads, k_heads = _tile(q), _tile(k)
+        norms = [x if norm is None else norm.contiguous() for x, norm in ((q, q_norm), (k, k_norm))]
+        _both[(len(q), 2)](
+            q, k, *norms, cos, sin, *outs, len(q), q.stride(0), k.stride(0), q.stride(1), k.stride(1), cos.stride(0), eps,
+            N=q.shape[1], K=k.shape[1], HALF=heads["HALF"], HEADS=heads["HEADS"], K_HEADS=k_heads["HEADS"],
+            BLOCK=heads["BLOCK"], NORM=q_norm is not None, num_warps=4, **launch_early(q.device),
+        )  # fmt: skip
+    return outs[0], outs[1]
 
 
 def _heads(x_TNH: Tensor) -> Tensor:

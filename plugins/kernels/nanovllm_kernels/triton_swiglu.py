@@ -16,18 +16,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nanovllm_kernels.products import weight_gradient
+from nanovllm_kernels.triton_launch import rows_of
+from nanovllm_kernels.triton_row import single, swiglu_linear_of_one
 from nanovllm_kernels.triton_sums import column_sums
 
 BLOCK = 4096  # values of a program
 
 
-@triton.jit
-def _forward(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    gate = tl.load(gate_ptr + at, inside, 0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, inside, 0.0).to(tl.float32)
-    tl.store(out_ptr + at, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), inside)
+@triton.jit(do_not_specialize=["gate_stride", "up_stride"])
+def _forward(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < SIZE
+    gate = tl.load(gate_ptr + row * gate_stride + column, inside, 0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, inside, 0.0).to(tl.float32)
+    tl.store(out_ptr + row * SIZE + column, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -50,8 +52,17 @@ def product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if out.numel():
-        _forward[(triton.cdiv(out.numel(), BLOCK),)](
-            gate.contiguous(), up.contiguous(), out, out.numel(), BLOCK=BLOCK, num_warps=8
+        gate_RI, up_RI, size = rows_of(gate), rows_of(up), gate.shape[-1]
+        block = min(BLOCK, triton.next_power_of_2(size))
+        _forward[(len(gate_RI), triton.cdiv(size, block))](
+            gate_RI,
+            up_RI,
+            out,
+            gate_RI.stride(0),
+            up_RI.stride(0),
+            SIZE=size,
+            BLOCK=block,
+            num_warps=max(1, block // 512),
         )
     return out
 
@@ -134,6 +145,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_linear(gate_TI: Tensor, up_TI: Tensor, weight_CI: Tensor, bias_C: Tensor | None) -> Tensor:
     """(silu(gate) * up) @ weight.T + bias."""
+    if single(gate_TI, weight_CI, bias_C):
+        return swiglu_linear_of_one(gate_TI, up_TI, weight_CI, bias_C)
+    if not torch.is_grad_enabled():
+        cast = weight_CI.to(gate_TI.dtype)
+        return F.linear(product(gate_TI, up_TI), cast, None if bias_C is None else bias_C.to(gate_TI.dtype))
     found: Found = []
     cast = weight_CI.detach().to(gate_TI.dtype)
     gate_TI, up_TI = _Hold.apply(found, gate_TI, up_TI, weight_CI, bias_C, cast)
