@@ -23,7 +23,7 @@ from nanovllm_core.inference.lookup import Lookup
 from nanovllm_core.inference.paged import PagedRunner
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.params import SamplingParams
-from nanovllm_core.inference.ranks import Talk, leading
+from nanovllm_core.inference.ranks import LeadingRecorder, LeadingRunner, Talk
 from nanovllm_core.inference.recording import Recorder, recordable
 from nanovllm_core.inference.rows import PREFILL, RowsRunner, WholeRunner
 from nanovllm_core.inference.sampling import NotFinite, draws_of, note, penalised
@@ -73,8 +73,8 @@ class Engine:
         that hold the model together, which follow this one (`ranks.follow`); ahead: queue a forward before the tokens of the
         one before are seen, None: on a GPU; record: run steps of one token a sequence from recordings, None: where kernels
         let it.
-        guesses: most tokens of a step that are guessed (`lookup`), where the engine is not ahead. Models without pages, and
-        those of several ranks, do none of these.
+        guesses: most tokens of a step that are guessed (`lookup`), where the engine is not ahead, on one rank. Models without pages
+        do none of these.
 
         Raises GenerationError where an answer of `max_len` would not fit in the pages.
         """
@@ -95,13 +95,13 @@ class Engine:
                     "give the cache more memory"
                 )
             self.pool, most = PagePool(pages, page_size), min(most, pages)
-            runner = PagedRunner(module, shape, self.pool, device, most)
-            self.runner = runner if talk is None else leading(runner, talk)
-            self.ahead = (device == "cuda" if ahead is None else ahead) and talk is None
+            holds = module, shape, self.pool, device, most
+            runner = PagedRunner(*holds) if talk is None else LeadingRunner(talk, *holds)
+            self.runner = runner
+            self.ahead = device == "cuda" if ahead is None else ahead
             if self.ahead and (record or (record is None and recordable(module.ops))):
-                self.recorder = Recorder(
-                    module, runner.kv, self.pool, runner.last_N, max_len, tokenizer.vocab_size, device
-                )
+                given = module, runner.kv, self.pool, runner.last_N, max_len, tokenizer.vocab_size, device
+                self.recorder = Recorder(*given) if talk is None else LeadingRecorder(talk, *given)
         self.guesses, self.guessed, self.right = guesses, 0, 0
         budget = PREFILL if self.pool is None else budget or BUDGET[device]
         self.scheduler = Scheduler(self.pool, budget=max(budget, most), most=most)

@@ -7,17 +7,49 @@ from collections.abc import Sequence as Many
 
 import numpy as np
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from nanovllm_core.contracts import KV, Batch, Module, Paging, Shape
 from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.scheduler import Part
+from nanovllm_core.inference.sent import sent
 from nanovllm_core.inference.sequence import Sequence
 
 
 def page_bytes(shape: Shape, size: int, dtype: str) -> int:
     """Memory of one page of all blocks."""
     return 2 * shape.layers * size * shape.kv_heads * shape.head_dim * (4 if dtype == "float32" else 2)
+
+
+@frozen(eq=False)
+class Reading:
+    """What a forward reads of some sequences, as plain numbers."""
+
+    tokens: Many[int]
+    lengths: Many[int]  # new tokens of each sequence
+    contexts: Many[int]  # tokens that each has then
+    pages: Many[Many[int]]
+    select: Many[int]  # of the tokens, those after which logits are wanted
+    unknown: Many[tuple[int, int]] = ()  # places among the tokens, and the slots where these stand
+
+    @classmethod
+    def of(cls, parts: Many[Part]) -> Reading:
+        """Logits are wanted after each part that reaches its sequence's end, and after each of its guesses."""
+        tokens: list[int] = []
+        select: list[int] = []
+        unknown: list[tuple[int, int]] = []
+        for part in parts:
+            known = part.sequence.tokens(part.first, part.last)
+            if len(known) < part.last - part.first:
+                unknown.append((len(tokens), part.sequence.slot))
+                known = [0]
+            tokens += [*known, *part.guesses]
+            if part.ends:
+                select += range(len(tokens) - 1 - len(part.guesses), len(tokens))
+        lengths = [part.length for part in parts]
+        contexts, pages = [part.first + part.length for part in parts], [part.sequence.pages for part in parts]
+        return cls(tokens, lengths, contexts, pages, select, unknown)
 
 
 class PagedRunner:
@@ -34,10 +66,13 @@ class PagedRunner:
 
     def keep(self, answered: Many[Sequence], tokens_B: Tensor) -> None:
         """Let the newest tokens of these stand by slot, where the next step finds them."""
-        slots_B = torch.tensor([s.slot for s in answered]).to(self.device, non_blocking=True)
-        self.last_N.index_copy_(0, slots_B, tokens_B.clamp_min(0))
+        self.place([s.slot for s in answered], tokens_B)
         for s in answered:
             self._kept[s.slot] = s.pages
+
+    def place(self, slots: Many[int], tokens_B: Tensor) -> None:
+        """The newest tokens of slots."""
+        self.last_N.index_copy_(0, sent(slots, torch.int64, self.device), tokens_B.clamp_min(0))
 
     def has_kept(self, sequence: Sequence) -> bool:
         """Whether the newest token of a sequence stands on the device."""
@@ -45,31 +80,15 @@ class PagedRunner:
 
     def forward(self, parts: Many[Part]) -> Tensor:
         """The logits [n, V] after each part that reaches its sequence's end, in order, and after each of its guesses."""
-        tokens: list[int] = []
-        select: list[int] = []
-        unknown: list[tuple[int, int]] = []
-        for part in parts:
-            known = part.sequence.tokens(part.first, part.last)
-            if len(known) < part.last - part.first:
-                unknown.append((len(tokens), part.sequence.slot))
-                known = [0]
-            tokens += [*known, *part.guesses]
-            if part.ends:
-                select += range(len(tokens) - 1 - len(part.guesses), len(tokens))
-        lengths = [part.length for part in parts]
-        contexts, pages = [part.first + part.length for part in parts], [part.sequence.pages for part in parts]
-        return self.run(tokens, lengths, contexts, pages, select, unknown)
+        return self.run(Reading.of(parts))
 
-    def run(
-        self, tokens: Many[int], lengths: Many[int], contexts: Many[int], pages: Many[Many[int]], select: Many[int],
-        unknown: Many[tuple[int, int]] = (),
-    ) -> Tensor:  # fmt: skip
-        """The logits of the tokens `select`, of these new ones of sequences; `unknown`: places in `tokens`, and the slots where the
-        tokens stand."""
-        batch = paged_batch(lengths, contexts, pages, self.pool.size, select, self.device)
-        tokens_T = torch.tensor(tokens).to(self.device, non_blocking=True)
-        if unknown:
-            places, slots = torch.tensor(unknown).to(self.device, non_blocking=True).unbind(1)
+    def run(self, reading: Reading) -> Tensor:
+        """The logits [n, V] that are wanted."""
+        r = reading
+        batch = paged_batch(r.lengths, r.contexts, r.pages, self.pool.size, r.select, self.device)
+        tokens_T = sent(r.tokens, torch.int64, self.device)
+        if r.unknown:
+            places, slots = sent(r.unknown, torch.int64, self.device).unbind(1)
             tokens_T[places] = self.last_N[slots]
         return self.module(tokens_T, batch, kv=self.kv)
 
@@ -101,16 +120,16 @@ def paged_batch(
         positions += new
         places += [own[at // size] * size + at % size for at in new]
     return Batch(
-        positions=torch.tensor(positions).to(device),
+        positions=sent(positions, torch.int64, device),
         lengths=tuple(lengths),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
-        select=None if select is None else torch.tensor(select, dtype=torch.int64).to(device),
+        cu_seqlens=sent([0, *itertools.accumulate(lengths)], torch.int32, device),
+        select=None if select is None else sent(select, torch.int64, device),
         paging=Paging(
             contexts=tuple(contexts),
-            contexts_D=torch.tensor(contexts, dtype=torch.int32).to(device),
-            tables_DP=torch.tensor([own + [0] * (width - len(own)) for own in used], dtype=torch.int32).to(device),
+            contexts_D=sent(contexts, torch.int32, device),
+            tables_DP=sent([own + [0] * (width - len(own)) for own in used], torch.int32, device),
             runs=tuple(own[0] if own[-1] - own[0] == len(own) - 1 and _follow(own) else -1 for own in used),
-            places_T=torch.tensor(places).to(device),
+            places_T=sent(places, torch.int64, device),
         ),
     )
 

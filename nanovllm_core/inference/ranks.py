@@ -1,29 +1,32 @@
-"""One engine over several ranks: the first plans and draws, the others run the same forward on their slices of the model.
+"""One engine over several ranks: the first plans, the others run the same steps on their slices of the model.
 
-Before each forward the first rank sends what is to be read, as whole numbers in one message; the model's own collectives do
-the rest. The messages go over a gloo group, also where the model's go over NCCL, and a rank waits for them as long as it takes:
-it ends when the first rank says so, or is gone.
+Before each step the first rank sends what is to be read, as whole numbers in one message; the model's own collectives do
+the rest. Whoever runs a recorded step has all logits and the same random numbers, and so draws the same tokens; what the first rank
+draws by itself it sends. The messages go over a gloo group, also where the model's go over NCCL, and a rank waits for them as
+long as it takes: it ends when the first rank says so, or is gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from attrs import define
+from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from nanovllm_core.contracts import Module, Shape
+from nanovllm_core.contracts import KV, Module, Shape
 from nanovllm_core.errors import GenerationError
-from nanovllm_core.inference.paged import PagedRunner
+from nanovllm_core.inference.paged import PagedRunner, Reading
 from nanovllm_core.inference.pages import PagePool
-from nanovllm_core.inference.scheduler import Part
-from nanovllm_core.inference.sequence import Sequence
+from nanovllm_core.inference.recording import Recorder
 
-END, PAGES, READ, COPY = range(4)
+END, PAGES, RECORD, READ, STEP, PLACE, COPY = range(7)
 
 
 @define(eq=False)
@@ -45,45 +48,52 @@ class Talk:
         self.torn = False
 
 
-class Leading:
+class LeadingRunner(PagedRunner):
     """The first rank's runner: tells the others, then does its own part."""
 
-    def __init__(self, runner: PagedRunner, talk: Talk) -> None:
-        self.runner, self.talk = runner, talk
+    def __init__(self, talk: Talk, module: Module, shape: Shape, pool: PagePool, device: str, most: int) -> None:
+        super().__init__(module, shape, pool, device, most)
+        self.talk = talk
+        with talk.whole():
+            _send(PAGES, [pool.count, pool.size, most], talk.group)
 
-    def forward(self, parts: Many[Part]) -> Tensor:
-        """The logits [n, V] after each part that reaches its sequence's end, in order."""
+    def run(self, reading: Reading) -> Tensor:
+        """As PagedRunner's."""
         with self.talk.whole():
-            return self._forward(parts)
+            _send(READ, _flat(reading), self.talk.group)
+            return super().run(reading)
 
-    def _forward(self, parts: Many[Part]) -> Tensor:
-        told = [len(parts)]
-        for part in parts:
-            pages = part.sequence.pages[: self.runner.pool.needed(part.last)]
-            told += [part.first, part.last, part.ends, len(pages), *pages, *part.sequence.tokens(part.first, part.last)]
-        _send(READ, told, self.talk.group)
-        return self.runner.forward(parts)
-
-    def keep(self, answered: Many[Sequence], tokens_B: Tensor) -> None:
-        raise AssertionError("the host knows all tokens")
-
-    def has_kept(self, sequence: Sequence) -> bool:
-        return False
+    def place(self, slots: Many[int], tokens_B: Tensor) -> None:
+        """As PagedRunner's; tokens go from device to device."""
+        with self.talk.whole():
+            _send(PLACE, [*slots], self.talk.group)
+            distributed.broadcast(tokens_B, 0)
+            super().place(slots, tokens_B)
 
     def copy(self, source: int, target: int) -> None:
+        """As PagedRunner's."""
         with self.talk.whole():
             _send(COPY, [source, target], self.talk.group)
-            self.runner.copy(source, target)
-
-    def left(self, row: int, last: int) -> None:
-        """Nothing stands in rows here."""
+            super().copy(source, target)
 
 
-def leading(runner: PagedRunner, talk: Talk) -> Leading:
-    """The first rank's runner, once the others have made theirs of the same pages."""
-    with talk.whole():
-        _send(PAGES, [runner.pool.count, runner.pool.size], talk.group)
-    return Leading(runner, talk)
+class LeadingRecorder(Recorder):
+    """The first rank's recorder. The others record the same steps and draw the same tokens, which nobody sends them."""
+
+    def __init__(
+        self, talk: Talk, module: Module, kv: Many[KV], pool: PagePool, last_N: Tensor, longest: int, vocabulary: int, device: str
+    ) -> None:  # fmt: skip
+        super().__init__(module, kv, pool, last_N, longest, vocabulary, device)
+        self.talk = talk
+        with talk.whole():
+            _send(RECORD, [longest, vocabulary], talk.group)
+
+    def run(self, rows_B5: NDArray[np.float64], new: Many[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        """As Recorder's."""
+        with self.talk.whole():
+            bits = rows_B5.view(np.int64).ravel().tolist()
+            _send(STEP, [len(rows_B5), *bits, *itertools.chain.from_iterable(new)], self.talk.group)
+            return super().run(rows_B5, new)
 
 
 def say_end(group: Any) -> None:
@@ -93,39 +103,55 @@ def say_end(group: Any) -> None:
 
 def follow(module: Module, shape: Shape, device: str, group: Any) -> None:
     """What the other ranks do until the first lets them go. Raises RuntimeError when it is gone."""
-    kind, told = _receive(group)
-    if kind == END:
-        return
-    runner = PagedRunner(module, shape, PagePool(*told), device)
-    does: dict[int, Callable[[list[int]], None]] = {
-        READ: lambda told: _read(runner, told),
-        COPY: lambda told: runner.copy(*told),
-    }
+    runner: PagedRunner
+    recorder: Recorder
     with torch.inference_mode():
         while True:
             kind, told = _receive(group)
             if kind == END:
                 return
-            does[kind](told)
+            if kind == PAGES:
+                count, size, most = told
+                runner = PagedRunner(module, shape, PagePool(count, size), device, most)
+            elif kind == RECORD:
+                longest, vocabulary = told
+                recorder = Recorder(module, runner.kv, runner.pool, runner.last_N, longest, vocabulary, device)
+            elif kind == READ:
+                runner.run(_reading(told))
+            elif kind == PLACE:
+                tokens_B = torch.empty(len(told), dtype=torch.int64, device=device)
+                distributed.broadcast(tokens_B, 0)
+                runner.place(told, tokens_B)
+            elif kind == COPY:
+                runner.copy(*told)
+            else:
+                rows, rest = told[1 : 1 + 5 * told[0]], told[1 + 5 * told[0] :]
+                new = list(zip(rest[::3], rest[1::3], rest[2::3], strict=True))
+                recorder.run(np.array(rows, dtype=np.int64).view(np.float64).reshape(-1, 5), new)
 
 
-def _read(runner: PagedRunner, told: list[int]) -> None:
-    count, at = told[0], 1
-    tokens: list[int] = []
-    select: list[int] = []
-    lengths, contexts, pages = [], [], []
-    for _ in range(count):
-        first, last, ends, held = told[at : at + 4]
-        at += 4
-        pages.append(told[at : at + held])
-        at += held
-        tokens += told[at : at + last - first]
-        at += last - first
-        lengths.append(last - first)
-        contexts.append(last)
-        if ends:
-            select.append(len(tokens) - 1)
-    runner.run(tokens, lengths, contexts, pages, select)
+def _flat(reading: Reading) -> list[int]:
+    """As one list of numbers, each part after its size."""
+    r = reading
+    pages = [[len(own), *own] for own in r.pages]
+    parts = (
+        r.tokens,
+        r.lengths,
+        r.contexts,
+        r.select,
+        [*itertools.chain.from_iterable(r.unknown)],
+        [*itertools.chain.from_iterable(pages)],
+    )
+    return [number for part in parts for number in (len(part), *part)]
+
+
+def _reading(told: list[int]) -> Reading:
+    """What `_flat` has made flat."""
+    rest = iter(told)
+    tokens, lengths, contexts, select, unknown, flat = ([*itertools.islice(rest, next(rest))] for _ in range(6))
+    each = iter(flat)
+    pages = [[*itertools.islice(each, count)] for count in each]
+    return Reading(tokens, lengths, contexts, pages, select, list(zip(unknown[::2], unknown[1::2], strict=True)))
 
 
 def _send(kind: int, told: list[int], group: Any) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm_core.contracts import KV, Batch, Draws, Module, Ops, Paging
 from nanovllm_core.errors import GenerationError, reason
 from nanovllm_core.inference.pages import PagePool
+from nanovllm_core.inference.sent import sent
 from nanovllm_core.inference.sequence import Sequence
 
 SLOT, CONTEXT, FIRST, SECOND, TEMPERATURE = range(5)  # of a row: numbers that fp64 holds exactly
@@ -48,7 +50,20 @@ class Recorder:
     def step(self, sequences: Many[Sequence]) -> tuple[Tensor, Tensor]:
         """The logits [B, V] after the newest token of each, which stands in `last_N`, and the tokens [B] that are drawn from them
         where nothing is filtered. Both hold until the next step."""
-        self._send_pages(sequences)
+        rows_B5 = self._rows(sequences)
+        logits_BV, tokens_B = self.run(rows_B5, self._new_pages(sequences))
+        return logits_BV[: len(sequences)], tokens_B[: len(sequences)]
+
+    def run(self, rows_B5: NDArray[np.float64], new: Many[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        """A step of what `step` is told: rows of sequences, and slot, place and page of each page that is new."""
+        if new:
+            slots, places, pages = sent(new, torch.int64, self.device).unbind(1)
+            self.tables_NP[slots, places] = pages.int()
+        size = len(rows_B5)
+        self.given_B5[:size].copy_(sent(rows_B5, torch.float64, self.device), non_blocking=True)
+        return self._run(size)
+
+    def _rows(self, sequences: Many[Sequence]) -> NDArray[np.float64]:
         size = bucket(len(sequences), self.most)
         rows_B5 = np.empty((size, 5))
         rows_B5[:] = self.most, 1, 0, 0, 0  # of those that fill up: a slot and a page of their own
@@ -56,11 +71,9 @@ class Recorder:
             row[SLOT], row[CONTEXT], row[TEMPERATURE] = s.slot, len(s), s.params.temperature
             if s.params.temperature > 0:
                 row[FIRST : SECOND + 1] = s.uniform()
-        self.given_B5[:size].copy_(_pinned(torch.from_numpy(rows_B5), self.device), non_blocking=True)
-        logits_BV, tokens_B = self._run(size)
-        return logits_BV[: len(sequences)], tokens_B[: len(sequences)]
+        return rows_B5
 
-    def _send_pages(self, sequences: Many[Sequence]) -> None:
+    def _new_pages(self, sequences: Many[Sequence]) -> list[tuple[int, int, int]]:
         new: list[tuple[int, int, int]] = []
         for s in sequences:
             pages, count = self._there[s.slot]
@@ -69,9 +82,7 @@ class Recorder:
             if count < len(s.pages):
                 new += [(s.slot, i, s.pages[i]) for i in range(count, len(s.pages))]
                 self._there[s.slot] = s.pages, len(s.pages)
-        if new:
-            slots, places, pages_ = _pinned(torch.tensor(new), self.device).to(self.device, non_blocking=True).unbind(1)
-            self.tables_NP[slots, places] = pages_.int()
+        return new
 
     def _run(self, size: int) -> tuple[Tensor, Tensor]:
         if self.device != "cuda":
@@ -147,8 +158,3 @@ def bucket(count: int, most: int) -> int:
     """For how many sequences a step of `count` is recorded: a power of two up to 16, then a multiple of 16."""
     size = 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
     return min(size, most)
-
-
-def _pinned(tensor: Tensor, device: str) -> Tensor:
-    """In memory that the device reads by itself."""
-    return tensor.pin_memory() if device == "cuda" else tensor

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanovllm_core.contracts import Draws
 from nanovllm_core.errors import GenerationError
+from nanovllm_core.inference.sent import sent
 from nanovllm_core.inference.sequence import Sequence
 
 
@@ -34,20 +35,14 @@ def draws_of(sequences: Many[Sequence], vocabulary: int, device: str, after: Man
     if drawn:
         u_B2 = np.stack([s.uniform(more) for s, more in zip(sequences, later, strict=True)])
     return Draws(
-        temperature_B=_sent([p.temperature for p in params], torch.float32, device),
-        top_k_B=_sent([min(p.top_k or vocabulary, vocabulary) for p in params], torch.int64, device),
-        top_p_B=_sent([p.top_p for p in params], torch.float64, device),
-        min_p_B=_sent([p.min_p for p in params], torch.float32, device),
-        u_B2=_sent(u_B2, torch.float64, device),
+        temperature_B=sent([p.temperature for p in params], torch.float32, device),
+        top_k_B=sent([min(p.top_k or vocabulary, vocabulary) for p in params], torch.int64, device),
+        top_p_B=sent([p.top_p for p in params], torch.float64, device),
+        min_p_B=sent([p.min_p for p in params], torch.float32, device),
+        u_B2=sent(u_B2, torch.float64, device),
         drawn=drawn,
-        filtered_R=_sent(filtered, torch.int64, device) if filtered else None,
+        filtered_R=sent(filtered, torch.int64, device) if filtered else None,
     )
-
-
-def _sent(values: object, dtype: torch.dtype, device: str) -> Tensor:
-    """On the device, without waiting for it."""
-    tensor = torch.as_tensor(values, dtype=dtype)
-    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def penalised(logits_BV: Tensor, sequences: Many[Sequence]) -> Tensor:

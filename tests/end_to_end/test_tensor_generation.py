@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from nanovllm_core import LLM, Registry, SamplingParams
 from nanovllm_core.errors import GenerationError, RefusedError
+from nanovllm_core.inference.engine import Engine
+from nanovllm_core.llm_ranks import local_shape
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks for its processes in Linux's /proc")
 
@@ -77,7 +79,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-def interrupted(parts):
+def interrupted(*args, **kwargs):
     """Ctrl-C when the others were told."""
     raise KeyboardInterrupt
 
@@ -118,6 +120,20 @@ def test_two_processes_answer_as_one(saved):
     assert "".join(p["text"] for p in again if p["prompt"] == 0) == wanted[0]["text"]
     with pytest.raises(GenerationError, match="already a rank of a process group"):
         LLM(saved, tensor_parallel_size=2)
+    for record in (False, True):  # as on GPUs: a step ahead, and steps of one token from fixed places
+        engine = Engine(
+            llm.module, llm.tokenizer, local_shape(llm.plan.shape, 2), "cpu", max_len=120, pages=10, most=4, budget=48,
+            talk=llm._ranks.talk, ahead=True, record=record,
+        )  # fmt: skip
+        assert (engine.recorder is not None) == record
+        for _ in range(2):
+            asked = engine.answers(PROMPTS, PARAMS)
+            engine.enqueue([s for each in asked for s in each])
+            while engine.busy:
+                engine.step()
+            texts = [s.output(llm.tokenizer)["text"] for each in asked for s in each]
+            assert texts == [w["text"] for w in wanted]
+        assert engine.scheduler.preempted > 0
     llm.close()
     assert gone(other)
     assert torch.get_num_threads() == threads
@@ -125,11 +141,11 @@ def test_two_processes_answer_as_one(saved):
 
     llm = LLM(saved, tensor_parallel_size=2)  # one after another is allowed
     [other] = children() - before
-    forward = llm.engine.runner.runner.forward
-    llm.engine.runner.runner.forward = interrupted
+    module = llm.engine.runner.module
+    llm.engine.runner.module = interrupted
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, PARAMS)
-    llm.engine.runner.runner.forward = forward
+    llm.engine.runner.module = module
     with pytest.raises(GenerationError, match="interrupted in a step: close this LLM and make another"):
         llm.generate(PROMPTS, PARAMS)
     llm.close()
