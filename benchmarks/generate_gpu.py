@@ -1,6 +1,6 @@
 """Generation on one GPU: nano-vllm's own workload, one answer and 16 at once, start-up; beside transformers' continuous batching.
 
-    python benchmarks/generate_gpu.py [--peer ATTENTION] [--eager] [--tensor-parallel GPUS] [--profile TRACE.txt]
+    python benchmarks/generate_gpu.py [--peer ATTENTION] [--eager] [--filters] [--tensor-parallel GPUS] [--profile TRACE.txt]
                                       [--write benchmarks/results/NAME.json]
     python benchmarks/generate_gpu.py --tiny            (a small model on the CPU, to see that it runs)
 
@@ -87,13 +87,16 @@ def floor(config: dict[str, Any], work: Work) -> float:
     return (keys + 2 * matrices * max(work[1])) / BANDWIDTH
 
 
-def ours(folder: Path, batch: int, eager: bool, ranks: int) -> Callable[[Work], list[int]]:
+def ours(folder: Path, batch: int, eager: bool, ranks: int, filters: dict[str, Any]) -> Callable[[Work], list[int]]:
     from nanovllm_core import LLM, SamplingParams
 
     llm = LLM(folder, batch_size=batch, enforce_eager=eager, tensor_parallel_size=ranks)
 
     def run(work: Work) -> list[int]:
-        params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n, seed=i) for i, n in enumerate(work[1])]
+        params = [
+            SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n, seed=i, **filters)
+            for i, n in enumerate(work[1])
+        ]
         return [len(answer["token_ids"]) for answer in llm.generate(work[0], params, use_tqdm=False)]
 
     return run
@@ -175,6 +178,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", metavar="ATTENTION", help="also transformers, with this attn_implementation")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument(
+        "--filters", action="store_true", help="with top-k 20 and top-p 0.95, as Qwen3's models ask for"
+    )
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="GPUS")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
@@ -195,7 +201,7 @@ def main() -> None:
         made(folder, config)
         figures["start_up"] = start_up(folder)
         print(json.dumps(figures), flush=True)
-        run = ours(folder, 256, args.eager, args.tensor_parallel)
+        run = ours(folder, 256, args.eager, args.tensor_parallel, {"top_k": 20, "top_p": 0.95} if args.filters else {})
         for name, work in works.items():
             speeds, least = timed(run, work, args.rounds), floor(config, work)
             figures[name] = {"tokens": sum(work[1]), "ours": speeds, "floor": round(sum(work[1]) / least, 1)}

@@ -25,6 +25,13 @@ TILES = [
     for keys, warps, stages in itertools.product((32, 64, 128), (2, 4), (2, 3))
 ]
 
+FILTERS = (
+    ("", V, 1.0, 0.0),
+    (", top-k 20", 20, 1.0, 0.0),
+    (", top-p 0.95", V, 0.95, 0.0),
+    (", all three", 20, 0.95, 0.01),
+)
+
 
 def microseconds(calls: list[Callable[[], Any]], times: int = 10) -> float:
     """Of each of these calls, recorded one behind the other."""
@@ -77,22 +84,24 @@ def attention(sequences: int, mean: int) -> tuple[list[Callable[[], Any]], int]:
 
 
 def sampling(rows: int) -> dict[str, float]:
-    """Microseconds of torch's and of Triton's."""
+    """Microseconds of torch's and of Triton's; with filters of Triton's alone, as torch's waits for the device."""
     import torch
     from nanovllm_kernels import torch_sampling, triton_sample
 
     from nanovllm_core.contracts import Draws
 
-    logits = torch.randn(rows, V, device="cuda")
-    draws = Draws(
-        temperature_B=torch.full((rows,), 0.6, device="cuda"), top_k_B=torch.full((rows,), V, device="cuda"),
-        top_p_B=torch.ones(rows, dtype=torch.float64, device="cuda"), min_p_B=torch.zeros(rows, device="cuda"),
-        u_B2=torch.rand(rows, 2, dtype=torch.float64, device="cuda"), drawn=True, filtered_R=None,
-    )  # fmt: skip
-    return {
-        m.__name__.split(".")[-1]: microseconds([lambda m=m: m.sample(logits, draws)] * 4)
-        for m in (torch_sampling, triton_sample)
-    }
+    logits, found = 3 * torch.randn(rows, V, device="cuda"), {}
+    for name, k, p, least in FILTERS:
+        draws = Draws(
+            temperature_B=torch.full((rows,), 0.6, device="cuda"), top_k_B=torch.full((rows,), k, device="cuda"),
+            top_p_B=torch.full((rows,), p, dtype=torch.float64, device="cuda"),
+            min_p_B=torch.full((rows,), least, device="cuda"),
+            u_B2=torch.rand(rows, 2, dtype=torch.float64, device="cuda"), drawn=True, filtered_R=None,
+        )  # fmt: skip
+        found[f"triton{name}"] = microseconds([lambda draws=draws: triton_sample.sample(logits, draws)] * 4)
+        if not name:
+            found["torch"] = microseconds([lambda draws=draws: torch_sampling.sample(logits, draws)] * 4)
+    return found
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ class Engine:
         if tokens_B is None:
             asked, logits_RV = self._with_forked(asked, logits_RV)
         each = [a.sequence for a in asked for _ in range(a.rows)]
-        if tokens_B is None or any(s.watched or s.params.filters(vocabulary) for s in each):
+        if tokens_B is None or any(s.watched or self._filters_itself(s) for s in each):
             draws = draws_of(each, vocabulary, self.device, [i for a in asked for i in range(a.rows)])
             tokens_B = self.module.ops.sample(penalised(logits_RV, each), draws)
             if self.ahead and asked:
@@ -167,6 +167,11 @@ class Engine:
         for a in asked:
             a.sequence.drawn += 1
         return Flight.of(asked, logits_RV, tokens_B)
+
+    def _filters_itself(self, sequence: Sequence) -> bool:
+        """Whether it is drawn anew after a recorded step, which knew nothing of its filters."""
+        assert self.recorder is not None
+        return not self.recorder.filters and sequence.params.filters(self.recorder.vocabulary)
 
     def _with_forked(self, asked: list[Asked], logits_RV: Tensor) -> tuple[list[Asked], Tensor]:
         """With the other answers to prompts that were read to their end, which draw from the same logits."""

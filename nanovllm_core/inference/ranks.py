@@ -24,7 +24,7 @@ from nanovllm_core.contracts import KV, Module, Shape
 from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.paged import PagedRunner, Reading
 from nanovllm_core.inference.pages import PagePool
-from nanovllm_core.inference.recording import Recorder
+from nanovllm_core.inference.recording import ROW, Recorder
 
 END, PAGES, RECORD, READ, STEP, PLACE, COPY = range(7)
 
@@ -88,12 +88,12 @@ class LeadingRecorder(Recorder):
         with talk.whole():
             _send(RECORD, [longest, vocabulary], talk.group)
 
-    def run(self, rows_B5: NDArray[np.float64], new: Many[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    def run(self, rows_BG: NDArray[np.float64], new: Many[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
         """As Recorder's."""
         with self.talk.whole():
-            bits = rows_B5.view(np.int64).ravel().tolist()
-            _send(STEP, [len(rows_B5), *bits, *itertools.chain.from_iterable(new)], self.talk.group)
-            return super().run(rows_B5, new)
+            bits = rows_BG.view(np.int64).ravel().tolist()
+            _send(STEP, [len(rows_BG), *bits, *itertools.chain.from_iterable(new)], self.talk.group)
+            return super().run(rows_BG, new)
 
 
 def say_end(group: Any) -> None:
@@ -125,9 +125,10 @@ def follow(module: Module, shape: Shape, device: str, group: Any) -> None:
             elif kind == COPY:
                 runner.copy(*told)
             else:
-                rows, rest = told[1 : 1 + 5 * told[0]], told[1 + 5 * told[0] :]
+                end = 1 + ROW * told[0]
+                rows, rest = told[1:end], told[end:]
                 new = list(zip(rest[::3], rest[1::3], rest[2::3], strict=True))
-                recorder.run(np.array(rows, dtype=np.int64).view(np.float64).reshape(-1, 5), new)
+                recorder.run(np.array(rows, dtype=np.int64).view(np.float64).reshape(-1, ROW), new)
 
 
 def _flat(reading: Reading) -> list[int]:

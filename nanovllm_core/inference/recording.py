@@ -1,7 +1,7 @@
 """Steps of one new token a sequence, recorded once for a number of sequences and run again for any (CUDA graphs).
 
 All that differs from step to step stands at fixed places on the device, by slot: a sequence has one while it runs. What is sent for
-a step is a row of five numbers a sequence, and the pages that are new. Tokens go from a step's draws to the next step's
+a step is a row of eight numbers a sequence, and the pages that are new. Tokens go from a step's draws to the next step's
 forward without the host, so it may be a step behind. On a CPU the same step runs without a recording.
 """
 
@@ -21,7 +21,8 @@ from nanovllm_core.inference.pages import PagePool
 from nanovllm_core.inference.sent import sent
 from nanovllm_core.inference.sequence import Sequence
 
-SLOT, CONTEXT, FIRST, SECOND, TEMPERATURE = range(5)  # of a row: numbers that fp64 holds exactly
+SLOT, CONTEXT, FIRST, SECOND, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(8)  # of a row: numbers that fp64 holds exactly
+ROW = 8
 
 
 class Recorder:
@@ -36,11 +37,9 @@ class Recorder:
         self.longest, self.vocabulary, self.last_N = longest, vocabulary, last_N
         self.most = len(last_N) - 1
         self.tables_NP = torch.full((self.most + 1, pool.needed(longest)), pool.count, dtype=torch.int32, device=device)
-        self.given_B5 = torch.zeros(self.most, 5, dtype=torch.float64, device=device)
+        self.given_BG = torch.zeros(self.most, ROW, dtype=torch.float64, device=device)
         self.starts_B = torch.arange(self.most + 1, dtype=torch.int32, device=device)
-        self.all_B = torch.full((self.most,), vocabulary, device=device)
-        self.one_B = torch.ones(self.most, dtype=torch.float64, device=device)
-        self.none_B = torch.zeros(self.most, device=device)
+        self.filters = bool(getattr(module.ops.sample, "recordable", False))  # or whoever filters draws anew
         self._there: list[tuple[list[int] | None, int]] = [
             (None, 0)
         ] * self.most  # pages of a slot, and how many are known
@@ -48,30 +47,45 @@ class Recorder:
         self._memory: Any = None
 
     def step(self, sequences: Many[Sequence]) -> tuple[Tensor, Tensor]:
-        """The logits [B, V] after the newest token of each, which stands in `last_N`, and the tokens [B] that are drawn from them
-        where nothing is filtered. Both hold until the next step."""
-        rows_B5 = self._rows(sequences)
-        logits_BV, tokens_B = self.run(rows_B5, self._new_pages(sequences))
+        """The logits [B, V] after the newest token of each, which stands in `last_N`, and the tokens [B] that are drawn from them;
+        without `self.filters` as if nothing was filtered. Both hold until the next step."""
+        rows_BG = self._rows(sequences)
+        logits_BV, tokens_B = self.run(rows_BG, self._new_pages(sequences))
         return logits_BV[: len(sequences)], tokens_B[: len(sequences)]
 
-    def run(self, rows_B5: NDArray[np.float64], new: Many[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    def run(self, rows_BG: NDArray[np.float64], new: Many[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
         """A step of what `step` is told: rows of sequences, and slot, place and page of each page that is new."""
         if new:
             slots, places, pages = sent(new, torch.int64, self.device).unbind(1)
             self.tables_NP[slots, places] = pages.int()
-        size = len(rows_B5)
-        self.given_B5[:size].copy_(sent(rows_B5, torch.float64, self.device), non_blocking=True)
+        size = len(rows_BG)
+        self.given_BG[:size].copy_(sent(rows_BG, torch.float64, self.device), non_blocking=True)
         return self._run(size)
 
     def _rows(self, sequences: Many[Sequence]) -> NDArray[np.float64]:
         size = bucket(len(sequences), self.most)
-        rows_B5 = np.empty((size, 5))
-        rows_B5[:] = self.most, 1, 0, 0, 0  # of those that fill up: a slot and a page of their own
-        for row, s in zip(rows_B5, sequences, strict=False):
+        rows_BG = np.empty((size, ROW))
+        rows_BG[:] = (
+            self.most,
+            1,
+            0,
+            0,
+            0,
+            self.vocabulary,
+            1,
+            0,
+        )  # of those that fill up: a slot and a page of their own
+        for row, s in zip(rows_BG, sequences, strict=False):
             row[SLOT], row[CONTEXT], row[TEMPERATURE] = s.slot, len(s), s.params.temperature
             if s.params.temperature > 0:
                 row[FIRST : SECOND + 1] = s.uniform()
-        return rows_B5
+                if self.filters and s.params.filters(self.vocabulary):
+                    row[TOP_K:] = (
+                        min(s.params.top_k or self.vocabulary, self.vocabulary),
+                        s.params.top_p,
+                        s.params.min_p,
+                    )
+        return rows_BG
 
     def _new_pages(self, sequences: Many[Sequence]) -> list[tuple[int, int, int]]:
         new: list[tuple[int, int, int]] = []
@@ -116,8 +130,8 @@ class Recorder:
 
     def _forward(self, size: int) -> tuple[Tensor, Tensor]:
         """All from what stands at the fixed places."""
-        given_B5 = self.given_B5[:size]
-        slots_B, contexts_B = given_B5[:, SLOT].long(), given_B5[:, CONTEXT].long()
+        given_BG = self.given_BG[:size]
+        slots_B, contexts_B = given_BG[:, SLOT].long(), given_BG[:, CONTEXT].long()
         positions_B = contexts_B - 1
         tables_BP = self.tables_NP[slots_B]
         pages_B = tables_BP.gather(1, (positions_B // self.pool.size)[:, None])[:, 0].long()
@@ -136,11 +150,11 @@ class Recorder:
         )
         logits_BV = self.module(self.last_N[slots_B], batch, kv=self.kv)[:, : self.vocabulary]
         draws = Draws(
-            temperature_B=given_B5[:, TEMPERATURE].float(),
-            top_k_B=self.all_B[:size],
-            top_p_B=self.one_B[:size],
-            min_p_B=self.none_B[:size],
-            u_B2=given_B5[:, FIRST : SECOND + 1],
+            temperature_B=given_BG[:, TEMPERATURE].float(),
+            top_k_B=given_BG[:, TOP_K].long(),
+            top_p_B=given_BG[:, TOP_P],
+            min_p_B=given_BG[:, MIN_P].float(),
+            u_B2=given_BG[:, FIRST : SECOND + 1],
             drawn=True,
             filtered_R=None,
         )

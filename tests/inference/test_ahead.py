@@ -6,6 +6,7 @@ import random
 import sys
 
 import pytest
+from attrs import evolve
 
 from nanovllm_core.inference.driving import Driver
 from nanovllm_core.inference.params import SamplingParams
@@ -92,6 +93,27 @@ def test_steps_run_from_the_recorder(model, prompts_of, monkeypatch) -> None:
     params = [GREEDY, *(SamplingParams(seed=1, max_tokens=9, **options) for options in more)]
     assert model.ran(engine, prompts_of(4, 30), params)
     assert calls == [4]
+
+
+def test_filters_are_part_of_a_step_where_sampling_knows_them_from_the_device(model, prompts_of, monkeypatch) -> None:
+    """As Triton's does: it gets them from fixed places, and nobody draws anew."""
+    calls, torchs = [], model.module.ops.sample
+
+    def sample(logits_BV, draws):
+        assert draws.filtered_R is None or not calls, "after the prompts, a step is as one that is recorded"
+        calls.append(len(logits_BV))
+        kept_B = (draws.top_k_B == logits_BV.shape[1]) & (draws.top_p_B == 1) & (draws.min_p_B == 0)
+        rows_R = (~kept_B & (draws.temperature_B > 0)).nonzero()[:, 0]
+        return torchs(logits_BV, evolve(draws, filtered_R=rows_R if len(rows_R) else None))
+
+    sample.recordable = True
+    filters = {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.9}, {}
+    params = [SamplingParams(seed=i, max_tokens=20, ignore_eos=True, **f) for i, f in enumerate(filters)]
+    prompts = prompts_of(5, 30)
+    wanted = model.ran(model.engine(pages=4000, budget=9999), prompts, params)
+    monkeypatch.setattr(model.module, "ops", evolve(model.module.ops, sample=sample))
+    assert model.ran(model.engine(ahead=True, record=True, pages=4000, budget=9999), prompts, params) == wanted
+    assert len(calls) == 20
 
 
 def test_an_answer_that_ends_early_wastes_nothing_but_a_token(model, prompts_of) -> None:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attrs import evolve
+from attrs import asdict, evolve
 from nanovllm_kernels.triton import SOURCES, Triton
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanovllm_core.assemble import lay
-from nanovllm_core.contracts import GENERATION, KV, Accept, KernelRequest, Refuse
+from nanovllm_core.contracts import GENERATION, KV, Accept, Draws, KernelRequest, Refuse
 from nanovllm_core.testing.kernel_caches import CASES, Case, paged_call, recorded
 from nanovllm_core.testing.kernel_calls import Answer, Call, answer, bits, calls, defined, poisoned, share, strided
 from nanovllm_core.testing.kernel_cases import SHAPES
 from nanovllm_core.testing.kernel_sampling import SamplingTests
+from nanovllm_core.testing.reference import sample as reference_sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRAINED = [o for o in SOURCES if o not in GENERATION]
@@ -242,6 +243,28 @@ def test_pages(dtype: str, shape: int, window: int | None, case: Case) -> None:
         same(found, wanted, dtype, (case, "recorded"))
     assert torch.equal(bits(theirs.k_PSKH), bits(right.k_PSKH))
     assert torch.equal(bits(theirs.v_PSKH), bits(right.v_PSKH))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_tokens_that_are_as_likely_filters_keep_the_first(dtype: str) -> None:
+    """Logits of few values, as bf16 has them: what top-k and top-p cut through; the numbers of a row meet each token kept."""
+    generator, vocabulary, rows = torch.Generator().manual_seed(4), 300, 60
+    logits_BV = torch.randint(-3, 3, (rows, vocabulary), generator=generator).to(getattr(torch, dtype))
+    logits_BV[:, 7] = -0.0
+    draws = Draws(
+        temperature_B=torch.full((rows,), 0.7),
+        top_k_B=torch.tensor([(3, 60, 299, 300)[i % 4] for i in range(rows)]),
+        top_p_B=torch.tensor([(1.0, 0.9, 0.3)[i % 3] for i in range(rows)], dtype=torch.float64),
+        min_p_B=torch.tensor([(0.0, 0.1)[i // 40] for i in range(rows)]),
+        u_B2=torch.rand(rows, 2, dtype=torch.float64, generator=generator),
+        drawn=True,
+        filtered_R=None,
+    )
+    found = Triton().load(request_for("sample"))(
+        logits_BV.to(DEVICE),
+        Draws(**{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in asdict(draws).items()}),
+    )
+    assert found.tolist() == reference_sample(logits_BV, draws).tolist()
 
 
 class TestSampling(SamplingTests):
