@@ -11,12 +11,13 @@ import re
 import select
 import signal
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import FrameType, MappingProxyType
 
 from nanovllm_core.errors import GenerationError, NanoError
 from nanovllm_core.generation.conversation import Conversation
 from nanovllm_core.generation.flags import llm_of, sampling_of
+from nanovllm_core.generation.leaving import Leaving
 
 HELP = '/reset begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C ends an answer; several lines stand between two of """'
 COMMANDS = ("/exit", "/help", "/reset")
@@ -30,8 +31,10 @@ def talk(args: argparse.Namespace) -> int:
     """The command; its exit code."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     params = sampling_of(args)
-    conversation = Conversation(llm_of(args, args.max_model_len, 1), params, args.system, args.folder)
-    return _at_terminal(conversation) if terminal else _from_pipe(conversation)
+    # An exception of a signal can be swallowed by what it falls into: behind a pipe nobody would press Ctrl-C again.
+    with nullcontext() if terminal else Leaving(lambda: "interrupted"):
+        conversation = Conversation(llm_of(args, args.max_model_len, 1), params, args.system, args.folder)
+        return _at_terminal(conversation) if terminal else _from_pipe(conversation)
 
 
 # ------------------------------------------------------------ a terminal

@@ -79,6 +79,7 @@ class Watch:
     _answered: float = 0.0  # when the store last did
     _heard: dict[int, tuple[Word, float]] = field(factory=dict)  # rank -> its last word, and when that was new
     _over: threading.Event = field(factory=threading.Event)
+    _talks: threading.Thread | None = None
     _place: str = field(factory=lambda: _place())
 
     def start(self) -> None:
@@ -86,10 +87,14 @@ class Watch:
         self.store = self.store.clone()  # what another thread waits for must not hold up a word
         threading.Thread(target=self._count, name="watch-time", daemon=True).start()
         self._say(0)  # now: what freezes at once must be known to others, with its process
-        threading.Thread(target=self._talk, name="watch", daemon=True).start()
+        self._talks = threading.Thread(target=self._talk, name="watch", daemon=True)
+        self._talks.start()
 
     def stop(self) -> None:
+        """The last word is said on return: Python that ends while a thread is in torch's store aborts the process."""
         self._over.set()
+        if self._talks is not None:
+            self._talks.join(SILENT)
 
     def at(self, doing: str, alone: bool = False) -> None:
         """This rank begins something, see At."""

@@ -248,14 +248,14 @@ def test_pages(dtype: str, shape: int, window: int | None, case: Case) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_of_tokens_that_are_as_likely_filters_keep_the_first(dtype: str) -> None:
     """Logits of few values, as bf16 has them: what top-k and top-p cut through; the numbers of a row meet each token kept."""
-    generator, vocabulary, rows = torch.Generator().manual_seed(4), 300, 60
+    generator, vocabulary, rows = torch.Generator().manual_seed(4), 300, 24
     logits_BV = torch.randint(-3, 3, (rows, vocabulary), generator=generator).to(getattr(torch, dtype))
     logits_BV[:, 7] = -0.0
     draws = Draws(
         temperature_B=torch.full((rows,), 0.7),
         top_k_B=torch.tensor([(3, 60, 299, 300)[i % 4] for i in range(rows)]),
         top_p_B=torch.tensor([(1.0, 0.9, 0.3)[i % 3] for i in range(rows)], dtype=torch.float64),
-        min_p_B=torch.tensor([(0.0, 0.1)[i // 40] for i in range(rows)]),
+        min_p_B=torch.tensor([(0.0, 0.1)[i // 16] for i in range(rows)]),
         u_B2=torch.rand(rows, 2, dtype=torch.float64, generator=generator),
         drawn=True,
         filtered_R=None,

@@ -53,6 +53,23 @@ def test_the_one_that_does_not_move_is_named_by_all_who_wait(monkeypatch):
             assert told == "rank 1 does not go on, last: step 1; the others waited 1 s (train.rank_timeout)"
 
 
+def test_whoever_has_stopped_has_no_thread_in_the_store(monkeypatch):
+    """Python that ends then would abort the process, a run that is done with it."""
+    within, say = threading.Event(), Watch._say
+
+    def slow(self, beat):
+        if beat:
+            within.set()
+            time.sleep(0.3)
+        say(self, beat)
+
+    monkeypatch.setattr(Watch, "_say", slow)
+    with Ranks(monkeypatch, 1) as them:
+        assert within.wait(6)
+        them.ranks[0].stop()
+        assert not them.ranks[0]._talks.is_alive()
+
+
 @pytest.mark.parametrize("node", [4, 2, 1])
 @pytest.mark.parametrize("lost", [0, 2])
 def test_one_that_says_nothing_is_noticed_while_nobody_waits_for_it(monkeypatch, node, lost):
