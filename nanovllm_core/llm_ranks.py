@@ -19,7 +19,7 @@ from typing import Any
 from attrs import evolve
 
 from nanovllm_core.contracts import Module, Shape
-from nanovllm_core.errors import GenerationError
+from nanovllm_core.errors import GenerationError, reason
 from nanovllm_core.inference.ranks import Talk
 from nanovllm_core.machine import Machine
 from nanovllm_core.plan_model import ModelPlan, plan_model
@@ -175,12 +175,12 @@ def main() -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all; the first rank decides
-    told = json.load(sys.stdin)
+    parent, told = os.getppid(), json.load(sys.stdin)
     rank, size = told["rank"], told["size"]
     from torch import distributed
 
     from nanovllm_core.assemble import assemble
-    from nanovllm_core.inference.ranks import follow
+    from nanovllm_core.inference.ranks import Gone, follow
 
     machine = evolve(Machine.detect(), world_size=size, rank=rank, local_rank=rank)
     plan = planned(told["recipe"], Registry.from_environment(), machine)
@@ -190,7 +190,11 @@ def main() -> None:
     module: Module = assemble(plan, machine.device, seed=0, training=False, mesh=ranks.mesh(machine.device)).module
     try:
         follow(module, local_shape(plan.shape, size), machine.device, ranks.talk.group)
-    except RuntimeError:  # the first rank is gone
+    except Gone:
+        os._exit(1)
+    except Exception as e:
+        if os.getppid() == parent:  # else the model's own collectives have missed the first rank
+            os.write(2, f"nanovllm: rank {rank} of tensor_parallel_size: {reason(e)}\n".encode())
         os._exit(1)
     distributed.destroy_process_group()
 

@@ -164,16 +164,13 @@ def placed(slots: Slots, parts: Parts, outline: Outline, machine: Machine, *, tr
     wanted = KernelRequest(
         operation="", device=machine.device, dtype=dtype, shape=shape, training=training, tensor=layout.tensor
     )
-    pages = not shape.own_cache and "cache" not in shape.limits
-    # What generation has its own operation for is not probed: a trial of an attention package may import for seconds.
-    spared = set() if training or not pages else set(GENERATION.values()) - set(recipe.kernels)
-    called = [name for name in shape.operations if name not in spared]
-    kernels = {name: _kernel(slots, parts, evolve(wanted, operation=name)) for name in called}
+    kernels = {name: _kernel(slots, parts, evolve(wanted, operation=name)) for name in shape.operations}
     for name, its in JOINED.items():
         if set(its) <= set(kernels) and (joined := _joined(slots, parts, evolve(wanted, operation=name), kernels)):
             kernels[name] = joined
+    pages = not shape.own_cache and "cache" not in shape.limits
     for name, its_part in GENERATION.items():
-        if not its_part or (pages and its_part in shape.operations):
+        if not its_part or (pages and its_part in kernels):
             kernels[name] = _kernel(slots, parts, evolve(wanted, operation=name, training=False))
     return ModelPlan(
         tokenizer=outline.tokenizer,

@@ -122,10 +122,9 @@ class Draws:
     min_p_B: Tensor  # [B] fp32; 0: all
     u_B2: Tensor  # [B, 2] fp64 in [0, 1)
     drawn: bool  # some temperature is above 0; this and the next on the host
-    filtered_R: (
-        Tensor | None
-    )  # [R] int64: rows of top_k, top_p or min_p at a temperature above 0; None: there is none, or
-    #   in a step that is recorded for any rows only the device knows: then kernels are called whose `sample.recordable` is true
+    filtered_R: Tensor | None
+    """[R] int64: rows of top_k, top_p or min_p at a temperature above 0, or where `sample.recordable` rows that may have
+    them; None: there is none."""
 
 
 @frozen(kw_only=True, eq=False)

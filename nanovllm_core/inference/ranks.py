@@ -48,6 +48,10 @@ class Talk:
         self.torn = False
 
 
+class Gone(Exception):
+    """The first rank is no more."""
+
+
 class LeadingRunner(PagedRunner):
     """The first rank's runner: tells the others, then does its own part."""
 
@@ -102,7 +106,7 @@ def say_end(group: Any) -> None:
 
 
 def follow(module: Module, shape: Shape, device: str, group: Any) -> None:
-    """What the other ranks do until the first lets them go. Raises RuntimeError when it is gone."""
+    """What the other ranks do until the first lets them go. Raises Gone when it is no more."""
     runner: PagedRunner
     recorder: Recorder
     with torch.inference_mode():
@@ -163,9 +167,12 @@ def _send(kind: int, told: list[int], group: Any) -> None:
 
 def _receive(group: Any) -> tuple[int, list[int]]:
     head = torch.empty(2, dtype=torch.int64)
-    distributed.broadcast(head, 0, group=group)
-    kind, size = head.tolist()
-    told = torch.empty(size, dtype=torch.int64)
-    if size:
-        distributed.broadcast(told, 0, group=group)
+    try:
+        distributed.broadcast(head, 0, group=group)
+        kind, size = head.tolist()
+        told = torch.empty(size, dtype=torch.int64)
+        if size:
+            distributed.broadcast(told, 0, group=group)
+    except RuntimeError as e:
+        raise Gone from e
     return kind, told.tolist()

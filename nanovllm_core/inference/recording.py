@@ -40,10 +40,13 @@ class Recorder:
         self.given_BG = torch.zeros(self.most, ROW, dtype=torch.float64, device=device)
         self.starts_B = torch.arange(self.most + 1, dtype=torch.int32, device=device)
         self.filters = bool(getattr(module.ops.sample, "recordable", False))  # or whoever filters draws anew
+        self.rows_B = torch.arange(self.most, device=device)
         self._there: list[tuple[list[int] | None, int]] = [
             (None, 0)
         ] * self.most  # pages of a slot, and how many are known
-        self._recorded: dict[int, tuple[Any, Tensor, Tensor]] = {}
+        self._recorded: dict[
+            tuple[int, bool], tuple[Any, Tensor, Tensor]
+        ] = {}  # by size, and whether rows may have filters
         self._memory: Any = None
 
     def step(self, sequences: Many[Sequence]) -> tuple[Tensor, Tensor]:
@@ -60,7 +63,8 @@ class Recorder:
             self.tables_NP[slots, places] = pages.int()
         size = len(rows_BG)
         self.given_BG[:size].copy_(sent(rows_BG, torch.float64, self.device), non_blocking=True)
-        return self._run(size)
+        asked_BG = rows_BG[:, TOP_K:] != (self.vocabulary, 1, 0)
+        return self._run(size, bool(asked_BG.any()))
 
     def _rows(self, sequences: Many[Sequence]) -> NDArray[np.float64]:
         size = bucket(len(sequences), self.most)
@@ -80,11 +84,8 @@ class Recorder:
             if s.params.temperature > 0:
                 row[FIRST : SECOND + 1] = s.uniform()
                 if self.filters and s.params.filters(self.vocabulary):
-                    row[TOP_K:] = (
-                        min(s.params.top_k or self.vocabulary, self.vocabulary),
-                        s.params.top_p,
-                        s.params.min_p,
-                    )
+                    k = min(s.params.top_k or self.vocabulary, self.vocabulary)
+                    row[TOP_K:] = k, s.params.top_p, s.params.min_p
         return rows_BG
 
     def _new_pages(self, sequences: Many[Sequence]) -> list[tuple[int, int, int]]:
@@ -98,26 +99,26 @@ class Recorder:
                 self._there[s.slot] = s.pages, len(s.pages)
         return new
 
-    def _run(self, size: int) -> tuple[Tensor, Tensor]:
+    def _run(self, size: int, filters: bool) -> tuple[Tensor, Tensor]:
         if self.device != "cuda":
-            return self._forward(size)
-        if size not in self._recorded:
-            self._record(size)
-        graph, logits_BV, tokens_B = self._recorded[size]
+            return self._forward(size, filters)
+        if (size, filters) not in self._recorded:
+            self._record(size, filters)
+        graph, logits_BV, tokens_B = self._recorded[size, filters]
         graph.replay()
         return logits_BV, tokens_B
 
-    def _record(self, size: int) -> None:
+    def _record(self, size: int, filters: bool) -> None:
         """Run once, so that kernels are compiled and chosen, then record; what was drawn is drawn again."""
         kept_N = self.last_N.clone()
-        self._forward(size)
+        self._forward(size, filters)
         self.last_N.copy_(kept_N)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads may use the device meanwhile
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                logits_BV, tokens_B = self._forward(size)
+                logits_BV, tokens_B = self._forward(size, filters)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as e:
@@ -126,9 +127,9 @@ class Recorder:
                 "device; LLM(enforce_eager=True) or --enforce-eager goes without"
             ) from e
         self._memory = self._memory or graph.pool()
-        self._recorded[size] = graph, logits_BV, tokens_B
+        self._recorded[size, filters] = graph, logits_BV, tokens_B
 
-    def _forward(self, size: int) -> tuple[Tensor, Tensor]:
+    def _forward(self, size: int, filters: bool) -> tuple[Tensor, Tensor]:
         """All from what stands at the fixed places."""
         given_BG = self.given_BG[:size]
         slots_B, contexts_B = given_BG[:, SLOT].long(), given_BG[:, CONTEXT].long()
@@ -156,7 +157,7 @@ class Recorder:
             min_p_B=given_BG[:, MIN_P].float(),
             u_B2=given_BG[:, FIRST : SECOND + 1],
             drawn=True,
-            filtered_R=None,
+            filtered_R=self.rows_B[:size] if filters else None,
         )
         tokens_B = self.module.ops.sample(logits_BV, draws)
         self.last_N.index_copy_(0, slots_B, tokens_B.clamp_min(0))

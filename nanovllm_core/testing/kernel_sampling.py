@@ -17,12 +17,23 @@ if TYPE_CHECKING:
 
 Filter = tuple[int | None, float, float]  # top-k, top-p, min-p
 VOCABULARIES = (1, 2, 97, 1000, 4097)
-FILTERS: Sequence[Filter] = ((None, 1.0, 0.0), (5, 1.0, 0.0), (None, 0.7, 0.0), (None, 1.0, 0.05), (40, 0.9, 0.01))
+FILTERS: Sequence[Filter] = (
+    (None, 1.0, 0.0),
+    (5, 1.0, 0.0),
+    (None, 0.7, 0.0),
+    (None, 1.0, 0.05),
+    (40, 0.9, 0.01),
+    (None, 1 - 1e-7, 0.0),
+)
 TINY = 1e-45  # a temperature
 NEAR = 2e-6  # as far as sums in fp32 may move a border
 
 
 class SamplingTests(KernelTests):
+    vocabularies: Sequence[int] = VOCABULARIES
+    each: int = 6
+    """rows of each filter"""
+
     def test_draws_what_the_numbers_fall_on(self) -> None:
         """Each token drawn has some weight where its numbers fall, or next to it by as much as sums are rounded."""
         import torch
@@ -30,9 +41,18 @@ class SamplingTests(KernelTests):
         from nanovllm_core.testing.reference import sample
 
         for request in self.of_devices():
-            for vocabulary in VOCABULARIES:
+            for vocabulary in self.vocabularies:
                 logits, draws = self.rows(request, vocabulary)
-                found = self.load(request)(logits, draws)
+                function = self.load(request)
+                found = function(logits, draws)
+                if vocabulary < 100 and getattr(function, "recordable", False):  # it goes by what stands on the device
+                    rows_B = torch.arange(len(logits), device=logits.device)
+                    same = torch.equal(found, function(logits, evolve(draws, filtered_R=rows_B)))
+                    self.check(
+                        same,
+                        f"sample of {vocabulary} tokens: filtered_R named rows that ask for nothing, and another token came",
+                        "where `sample.recordable`, filtered_R are rows that may have filters",
+                    )
                 self.check(
                     found.dtype == torch.int64 and found.shape == (len(logits),),
                     f"sample gave {found.dtype} {list(found.shape)}",
@@ -72,7 +92,7 @@ class SamplingTests(KernelTests):
         import torch
 
         generator = torch.Generator().manual_seed(vocabulary)
-        filters = [f for f in FILTERS for _ in range(6)]
+        filters = [f for f in FILTERS for _ in range(self.each)]
         heats = [(0.0, 0.3, 0.6, 1.0, 1.7, 8.0)[i % 6] for i in range(len(filters))]
         logits = torch.full((len(filters), vocabulary + 3), torch.nan)
         logits[:, :vocabulary] = 3 * torch.randn(len(filters), vocabulary, generator=generator)

@@ -65,10 +65,11 @@ def test_recorded_steps_answer_as_eager_ones(small_model, dtype, room):
     assert (recorded.engine.scheduler.preempted > 0) == (room == 1024)
 
 
-def test_no_step_waits_for_the_device(small_model):
+@pytest.mark.parametrize("filters", [{}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}], ids=str)
+def test_no_step_waits_for_the_device(small_model, filters):
     """Once kernels are compiled and graphs recorded: torch itself raises where the host would wait."""
     llm = LLM(small_model, kv_cache_tokens=1 << 14)
-    params = SamplingParams(seed=1, temperature=0.6, max_tokens=30, ignore_eos=True)
+    params = SamplingParams(seed=1, temperature=0.6, max_tokens=30, ignore_eos=True, **filters)
     llm.generate(prompts(9), params)
     engine = llm.engine
     engine.enqueue([s for [s] in engine.answers(prompts(9), [params] * 9)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attrs import asdict, evolve
+from nanovllm_kernels import triton_row
 from nanovllm_kernels.triton import SOURCES, Triton
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -197,9 +198,27 @@ def test_generation_has_ways_of_its_own(operation: str, dtype: str) -> None:
             wanted = defined(operation, call, ())
             with poisoned():
                 same(answer(function, call, ()), wanted, dtype, (call.label, lengths))
-            for i in call.activations if operation not in ("linear_cross_entropy", "linear") else ():
+            for i in call.activations if operation != "linear_cross_entropy" else ():
                 call.args[i] = strided(call.args[i]).tensor
             same(answer(function, call, ()), wanted, dtype, (call.label, lengths, "strided"))
+
+
+@pytest.mark.parametrize("size", [1025, 2500])
+def test_one_row_may_be_longer_than_a_program_holds(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    wide, weight, bias, norm = (
+        torch.randn(n, generator=generator).to(DEVICE) for n in ((3, 2 * size), (6, size), (6,), (size,))
+    )
+    x, more = wide[1:2, :size], wide[2:3, size:]
+    summed, normed = x + more, torch.nn.functional.rms_norm(x + more, (size,), norm, 1e-6)
+    with torch.no_grad(), poisoned():
+        found = triton_row.norm_linear_of_one(x, more, norm, 1e-6, weight)
+        gated = triton_row.swiglu_linear_of_one(x, more, weight, bias)
+        plain = triton_row.linear_of_one(x, weight, bias)
+    assert torch.equal(found[0], summed)
+    assert share(found[1], normed @ weight.T) <= TOLERANCE["float32"]
+    assert share(gated, (torch.nn.functional.silu(x) * more) @ weight.T + bias) <= TOLERANCE["float32"]
+    assert share(plain, x @ weight.T + bias) <= TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -241,6 +260,8 @@ def test_pages(dtype: str, shape: int, window: int | None, case: Case) -> None:
         with poisoned():
             found = answer(Triton().load(request), evolve(held, args=[*held.args, again], kwargs=more), ())
         same(found, wanted, dtype, (case, "recorded"))
+        assert torch.equal(bits(again.k_PSKH), bits(right.k_PSKH))
+        assert torch.equal(bits(again.v_PSKH), bits(right.v_PSKH))
     assert torch.equal(bits(theirs.k_PSKH), bits(right.k_PSKH))
     assert torch.equal(bits(theirs.v_PSKH), bits(right.v_PSKH))
 
@@ -258,7 +279,7 @@ def test_of_tokens_that_are_as_likely_filters_keep_the_first(dtype: str) -> None
         min_p_B=torch.tensor([(0.0, 0.1)[i // 16] for i in range(rows)]),
         u_B2=torch.rand(rows, 2, dtype=torch.float64, generator=generator),
         drawn=True,
-        filtered_R=None,
+        filtered_R=torch.arange(rows),  # some of them ask for nothing, as in a recorded step
     )
     found = Triton().load(request_for("sample"))(
         logits_BV.to(DEVICE),
@@ -268,8 +289,10 @@ def test_of_tokens_that_are_as_likely_filters_keep_the_first(dtype: str) -> None
 
 
 class TestSampling(SamplingTests):
-    """A row in which a stretch is read by lanes that are not all there, and rows that torch filters, are among them."""
+    """A row in which a stretch, or a chunk, is read by lanes that are not all there is among them."""
 
     component = Triton()
     operations = ("sample",)
     devices = (DEVICE,)
+    vocabularies = (1, 97, 4500)
+    each = 2

@@ -37,6 +37,8 @@ class FlashAttn:
         """Refuses what the installed build lacks, as a trial says."""
         if reason := not_bf16_attention_on_cuda(request, max(LARGEST.values())):
             return Refuse(reason)
+        if not request.training:  # and to try the package may import for seconds
+            return Refuse("generation reads pages, which `paged_attention` does")
         reasons = self._lacks(request)
         for version, reason in reasons.items():
             if not reason:

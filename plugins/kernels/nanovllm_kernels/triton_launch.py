@@ -39,7 +39,7 @@ def processors(device: torch.device) -> int:
 @lru_cache
 def launch_early(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that comes to the device before the one in front of it is done, and waits by itself: since Hopper."""
-    early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    early = device.type == "cuda" and bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 

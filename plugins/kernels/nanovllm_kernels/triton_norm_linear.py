@@ -58,7 +58,7 @@ def norm_linear(
         whole_OC = _side_by_side(matrices[::2]) if not any(b is not None for b in matrices[1::2]) else None
         if whole_OC is not None and whole_OC.dtype == x_TC.dtype:
             if single(x_TC, whole_OC):
-                summed_TC, out_TO = norm_linear_of_one(x_TC, more_TC, norm_C, eps, whole_OC, None)
+                summed_TC, out_TO = norm_linear_of_one(x_TC, more_TC, norm_C, eps, whole_OC)
             else:
                 summed_TC, normed_TC = add_norm(x_TC, more_TC, norm_C, eps)
                 out_TO = F.linear(normed_TC, whole_OC)

@@ -43,7 +43,7 @@ def _write(k_ptr, v_ptr, place_ptr, k_page_ptr, v_page_ptr, k_stride, v_stride,
     tl.store(v_page_ptr + place, v.to(v_page_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["first", "q_stride", "k_stride", "v_stride", "table_stride", "window"])
+@triton.jit(do_not_specialize=["first", "table_stride", "window"])
 def _attend(q_ptr, k_ptr, v_ptr, place_ptr, k_page_ptr, v_page_ptr, table_ptr, context_ptr, start_ptr, out_ptr, part_ptr,
             sums_ptr, first, q_stride, k_stride, v_stride, table_stride, scale, window,
             HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm_kernels.triton_launch import launch_early
 
-OUTS = 4  # of a program
+OUTS = 4  # of a program; measured on an H100 at Qwen3-0.6B's sizes
 MOST = 1024  # values of the row at once
 LINE = 128  # bytes that are fetched at once
 
@@ -97,10 +97,10 @@ def linear_of_one(x_1C: Tensor, weight_OC: Tensor, bias_O: Tensor | None) -> Ten
 
 
 def norm_linear_of_one(
-    x_1C: Tensor, more_1C: Tensor | None, norm_C: Tensor, eps: float, weight_OC: Tensor, bias_O: Tensor | None
+    x_1C: Tensor, more_1C: Tensor | None, norm_C: Tensor, eps: float, weight_OC: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x + more, and the product of its RMS norm, [1, O]."""
-    return _run(x_1C, more_1C, norm_C.contiguous(), eps, weight_OC, bias_O)
+    return _run(x_1C, more_1C, norm_C.contiguous(), eps, weight_OC, None)
 
 
 def swiglu_linear_of_one(gate_1I: Tensor, up_1I: Tensor, weight_CI: Tensor, bias_C: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from nanovllm_kernels.triton_sums import column_sums
 BLOCK = 4096  # values of a program
 
 
-@triton.jit(do_not_specialize=["gate_stride", "up_stride"])
+@triton.jit
 def _forward(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
