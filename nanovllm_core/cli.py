@@ -7,6 +7,7 @@ Thin: parse, call the core, print. A user's mistake is one message on standard e
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -77,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         _let_go()
         return 1
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or e.filename is not None:
+            raise
+        print(f"nanovllm: the output cannot be written: {e.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what it still holds is not tried again at exit
+        return 2
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from types import MappingProxyType
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 from attrs import evolve
 
@@ -83,6 +83,8 @@ class LLM:
             if not good:
                 from_ = 1 if name == "max_model_len" else least  # of which the model says more
                 raise GenerationError(f"LLM: {name}: got {value!r}, allowed: {'None, or ' * none}{from_} and more")
+        if not isinstance(path, str | PathLike):
+            raise GenerationError(f"LLM: path: got {path!r:.60}, allowed: a folder, or a name on the hub")
         if tensor_parallel_size > 1 and (registry is not None or machine is not None):
             raise GenerationError(
                 "LLM: tensor_parallel_size: the other processes know no registry and machine of yours; leave them out"
@@ -119,6 +121,12 @@ class LLM:
             record=False if enforce_eager else None, guesses=GUESSES if prompt_lookup is None else prompt_lookup,
         )  # fmt: skip
         self._driver = Driver(self.engine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the other processes of tensor_parallel_size, if there are any; without them nothing can be generated."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,12 +152,20 @@ def llm_of(args: argparse.Namespace, max_model_len: int | None = None, batch_siz
     )
     more = {name: vars(args)[name] for name in names}
     try:
-        return LLM(
+        llm = LLM(
             args.folder, model=parse(args.model, "--model").data, kernels=parse(args.kernels, "--kernels").data,
             max_model_len=max_model_len, batch_size=batch_size, **more,
         )  # fmt: skip
     except GenerationError as e:
         raise GenerationError(_flagged(e)) from e
+    most = llm.plan.shape.max_positions
+    if max_model_len is None and llm.max_model_len < most:
+        print(
+            f"nanovllm: the cache holds {llm.max_model_len:,} tokens, so prompt and answer together have no more; the model takes "
+            f"{most:,} (--max-model-len, --kv-cache-tokens)",
+            file=sys.stderr,
+        )
+    return llm
 
 
 def _generate(args: argparse.Namespace) -> int:

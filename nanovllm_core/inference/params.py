@@ -15,7 +15,9 @@ MOST_LOGPROBS = 100
 
 
 def _several(given: Any) -> tuple[Any, ...]:
-    """One, or several of something; whether they are good is looked at afterwards."""
+    """None, one, or several of something; whether they are good is looked at afterwards."""
+    if given is None:
+        return ()
     return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
 
 

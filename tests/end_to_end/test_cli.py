@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +163,23 @@ def test_nor_is_one_that_has_gone(arguments):
     done = subprocess.run([sys.executable, "-m", "nanovllm_core.cli", *arguments], stdout=writer, stderr=writer)
     os.close(writer)
     assert done.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_output_that_takes_no_more_is_one_line(small_model):
+    with open("/dev/full", "w") as full:
+        words = ["generate", str(small_model), "--prompt", "x", "--max-tokens", "3"]
+        done = subprocess.run(
+            [sys.executable, "-m", "nanovllm_core.cli", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert (done.returncode, done.stderr) == (2, "nanovllm: the output cannot be written: No space left on device\n")
+
+
+def test_a_cache_that_shortens_answers_says_so(small_model):
+    done = nanovllm("generate", small_model, "--prompt", "the river", "--ignore-eos", "--kv-cache-tokens", "32")
+    assert done.returncode == 0
+    assert "the cache holds 32 tokens, so prompt and answer together have no more; the model takes" in done.stderr

@@ -9,7 +9,7 @@ from nanovllm_models.pretrained import Pretrained
 from nanovllm_core import LLM, Machine, Recipe, Registry, SamplingParams, hookimpl
 from nanovllm_core.assemble import assemble, models_of, tokenizer_of
 from nanovllm_core.contracts import Accept, ModelRef, Refuse
-from nanovllm_core.errors import OptionError, RecipeError, RefusedError, UnknownComponent
+from nanovllm_core.errors import GenerationError, OptionError, RecipeError, RefusedError, UnknownComponent
 from nanovllm_core.plan_model import plan_model
 from nanovllm_core.training.export import export
 
@@ -109,3 +109,11 @@ def test_a_model_that_cannot_be_asked_is_an_error(box):
         LLM(box, model="preset")
     with pytest.raises(RecipeError, match="expected a component's name"):
         LLM(box, model=None)
+
+
+def test_it_ends_with_a_block_and_takes_no_strange_path(small_model):
+    with LLM(small_model) as llm:
+        [answer] = llm.generate("the river", SamplingParams(temperature=0, max_tokens=3, stop=None))
+    assert len(answer["token_ids"]) == 3
+    with pytest.raises(GenerationError, match="path: got 5, allowed: a folder, or a name on the hub"):
+        LLM(5)
