@@ -71,11 +71,12 @@ class Interrupt:
             self._leave("stopped at once")
         self.signal = number
         if not self.begun:
-            self._say("interrupted before the run began")
+            if not self.world.broken():  # else the signal comes because another rank has ended
+                self._say("interrupted before the run began")
             self.world.leave_untimely()
             os._exit(self.code)
         self.stop.ask()
-        if self.world.first and not self.world.broken():  # else the signal comes because another rank has ended
+        if self.world.first and not self.world.broken():
             self._say("stopping; once more (Ctrl-C) stops at once")
         if not self.stop.heeded:
             raise KeyboardInterrupt

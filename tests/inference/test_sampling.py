@@ -263,7 +263,7 @@ def test_damaged_logits_give_no_token(bad: float, options: dict) -> None:
         ({"repetition_penalty": 0}, "repetition_penalty: got 0"),
         ({"repetition_penalty": 1e-300}, "repetition_penalty: got 1e-300"),
         ({"stop": 5}, "stop: got (5,)"),
-        ({"stop_token_ids": None}, "stop_token_ids: got (None,)"),
+        ({"stop_token_ids": [None]}, "stop_token_ids: got (None,)"),
         ({"n": 0}, "n: got 0"),
         ({"logprobs": -1}, "logprobs: got -1"),
         ({"logprobs": 101}, "logprobs: got 101"),

@@ -3,8 +3,7 @@
 Whole prompts that are read at once are documents like any, and their pages are only written. A sequence whose pages follow
 each other is read where it lies; the pages of others are gathered first, which costs a copy of its keys and values. New
 tokens of several sequences are gathered, padded and masked in one call, unless one of them is much longer than the others: a call
-of torch's attention costs 60 us on a CPU, whatever it does. There a page is zeroed when its first token is written, so that what
-is gathered beyond a sequence's end is finite and need not be replaced.
+of torch's attention costs 60 us on a CPU, whatever it does.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ def paged_attention(
     """As `contracts.Ops.paged_attention`, [T, N, H]."""
     paging = batch.paging
     assert paging is not None
-    if q_TNH.device.type == "cpu":
-        _begin(kv, paging.places_T)
     for pages, new in ((kv.k_PSKH, k_TKH), (kv.v_PSKH, v_TKH)):
         pages.flatten(0, 1).index_copy_(0, paging.places_T, new.to(pages.dtype))
     if not paging.exact:
@@ -43,15 +40,6 @@ def paged_attention(
             found[rows] = _sequence(q_TNH[rows], kv, paging, d, window)
         first += length
     return found
-
-
-def _begin(kv: KV, places_T: Tensor) -> None:
-    """Zero the pages whose first token comes now."""
-    size = kv.k_PSKH.shape[1]
-    new = places_T[places_T % size == 0] // size
-    if len(new):
-        kv.k_PSKH.index_fill_(0, new, 0)
-        kv.v_PSKH.index_fill_(0, new, 0)
 
 
 def _sequence(q_LNH: Tensor, kv: KV, paging: Paging, d: int, window: int | None) -> Tensor:
@@ -103,10 +91,9 @@ def _gathered(q_BNH: Tensor, kv: KV, paging: Paging, window: int | None) -> Tens
     if device.type == "cpu":
         counts_B1 = -(-paging.contexts_D[:, None] // size)
         own_BP = torch.where(torch.arange(tables_BP.shape[1]) < counts_B1, tables_BP, tables_BP[:, :1])
-        rows_R = own_BP.flatten().long()
-        k_BSKH, v_BSKH = (
-            pages.flatten(1).index_select(0, rows_R).view(b, -1, kv_heads, h) for pages in (kv.k_PSKH, kv.v_PSKH)
-        )
+        last_BP = counts_B1 - 1 == torch.arange(tables_BP.shape[1])
+        beyond_BS1 = (back_BS < 0).view(b, -1, size)[last_BP].unsqueeze(2)
+        k_BSKH, v_BSKH = (_own(pages, own_BP, last_BP, beyond_BS1) for pages in (kv.k_PSKH, kv.v_PSKH))
     else:  # where nobody has written there may be anything, and no number times 0 is none
         k_BSKH, v_BSKH = (
             pages[tables_BP].flatten(1, 2).masked_fill_(~seen_BS[:, :, None, None], 0)
@@ -115,3 +102,11 @@ def _gathered(q_BNH: Tensor, kv: KV, paging: Paging, window: int | None) -> Tens
     k_BKSH, v_BKSH = (x.to(q_BNH.dtype).transpose(1, 2) for x in (k_BSKH, v_BSKH))
     q_BKGH = q_BNH.view(b, kv_heads, n // kv_heads, h)
     return scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=seen_BS[:, None, None]).reshape(b, n, h)
+
+
+def _own(pages_PSKH: Tensor, own_BP: Tensor, last_BP: Tensor, beyond_BS1: Tensor) -> Tensor:
+    """The pages of each sequence side by side, zeros beyond its end: what nobody has written may be no number."""
+    b, size = len(own_BP), pages_PSKH.shape[1]
+    found_BPSX = pages_PSKH.flatten(2).index_select(0, own_BP.flatten().long()).view(*own_BP.shape, size, -1)
+    found_BPSX[last_BP] = found_BPSX[last_BP].masked_fill_(beyond_BS1, 0)
+    return found_BPSX.view(b, -1, *pages_PSKH.shape[2:])
