@@ -8,6 +8,8 @@ of torch's attention costs 60 us on a CPU, whatever it does.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -85,28 +87,37 @@ def _gathered(q_BNH: Tensor, kv: KV, paging: Paging, window: int | None) -> Tens
     b, n, h = q_BNH.shape
     size, kv_heads = kv.k_PSKH.shape[1:3]
     device = q_BNH.device
-    tables_BP = paging.tables_DP[:, : -(-max(paging.contexts) // size)]
-    back_BS = paging.contexts_D[:, None] - 1 - torch.arange(tables_BP.shape[1] * size, device=device)
-    seen_BS = back_BS >= 0 if window is None else (back_BS >= 0) & (back_BS < window)
+    seen_BS, own_BP, last_B, beyond_BS1 = _shared(paging, size, window)
     if device.type == "cpu":
-        counts_B1 = -(-paging.contexts_D[:, None] // size)
-        own_BP = torch.where(torch.arange(tables_BP.shape[1]) < counts_B1, tables_BP, tables_BP[:, :1])
-        last_BP = counts_B1 - 1 == torch.arange(tables_BP.shape[1])
-        beyond_BS1 = (back_BS < 0).view(b, -1, size)[last_BP].unsqueeze(2)
-        k_BSKH, v_BSKH = (_own(pages, own_BP, last_BP, beyond_BS1) for pages in (kv.k_PSKH, kv.v_PSKH))
+        k_BSKH, v_BSKH = (_own(pages, own_BP, last_B, beyond_BS1) for pages in (kv.k_PSKH, kv.v_PSKH))
     else:  # where nobody has written there may be anything, and no number times 0 is none
         k_BSKH, v_BSKH = (
-            pages[tables_BP].flatten(1, 2).masked_fill_(~seen_BS[:, :, None, None], 0)
-            for pages in (kv.k_PSKH, kv.v_PSKH)
+            pages[own_BP].flatten(1, 2).masked_fill_(~seen_BS[:, :, None, None], 0) for pages in (kv.k_PSKH, kv.v_PSKH)
         )
     k_BKSH, v_BKSH = (x.to(q_BNH.dtype).transpose(1, 2) for x in (k_BSKH, v_BSKH))
     q_BKGH = q_BNH.view(b, kv_heads, n // kv_heads, h)
     return scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=seen_BS[:, None, None]).reshape(b, n, h)
 
 
-def _own(pages_PSKH: Tensor, own_BP: Tensor, last_BP: Tensor, beyond_BS1: Tensor) -> Tensor:
+@lru_cache(maxsize=1)
+def _shared(paging: Paging, size: int, window: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What all blocks of a model need: which keys are seen; pages that are all of the sequence's own; which is its last, and which
+    places there are beyond its end."""
+    tables_BP, device = paging.tables_DP[:, : -(-max(paging.contexts) // size)], paging.tables_DP.device
+    b, pages = tables_BP.shape
+    page_P = torch.arange(pages, device=device)
+    back_BS = paging.contexts_D[:, None] - 1 - torch.arange(pages * size, device=device)
+    seen_BS = back_BS >= 0 if window is None else (back_BS >= 0) & (back_BS < window)
+    last_B1 = (paging.contexts_D[:, None] - 1) // size
+    own_BP = torch.where(page_P <= last_B1, tables_BP, tables_BP[:, :1])
+    beyond_BS1 = (back_BS < 0).view(b, pages, size).gather(1, last_B1[:, :, None].expand(-1, -1, size).long())
+    return seen_BS, own_BP, last_B1[:, 0].long(), beyond_BS1.view(b, size, 1)
+
+
+def _own(pages_PSKH: Tensor, own_BP: Tensor, last_B: Tensor, beyond_BS1: Tensor) -> Tensor:
     """The pages of each sequence side by side, zeros beyond its end: what nobody has written may be no number."""
     b, size = len(own_BP), pages_PSKH.shape[1]
     found_BPSX = pages_PSKH.flatten(2).index_select(0, own_BP.flatten().long()).view(*own_BP.shape, size, -1)
-    found_BPSX[last_BP] = found_BPSX[last_BP].masked_fill_(beyond_BS1, 0)
+    rows_B = torch.arange(b)
+    found_BPSX[rows_B, last_B] = found_BPSX[rows_B, last_B].masked_fill_(beyond_BS1, 0)
     return found_BPSX.view(b, -1, *pages_PSKH.shape[2:])
