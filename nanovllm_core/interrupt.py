@@ -71,13 +71,11 @@ class Interrupt:
             self._leave("stopped at once")
         self.signal = number
         if not self.begun:
-            if not self.world.broken():  # else the signal comes because another rank has ended
-                self._say("interrupted before the run began")
+            self._say_unless_broken("interrupted before the run began")
             self.world.leave_untimely()
             os._exit(self.code)
         self.stop.ask()
-        if self.world.first and not self.world.broken():
-            self._say("stopping; once more (Ctrl-C) stops at once")
+        self._say_unless_broken("stopping; once more (Ctrl-C) stops at once")
         if not self.stop.heeded:
             raise KeyboardInterrupt
 
@@ -95,6 +93,11 @@ class Interrupt:
             sys.stdout.flush()
         self.world.leave_untimely()
         os._exit(self.code)
+
+    def _say_unless_broken(self, text: str) -> None:
+        """A signal that comes because another rank has ended is no news."""
+        if self.world.first and not self.world.broken():
+            self._say(text)
 
     def _say(self, text: str) -> None:
         if self.world.first:

@@ -41,12 +41,10 @@ class Recorder:
         self.starts_B = torch.arange(self.most + 1, dtype=torch.int32, device=device)
         self.filters = bool(getattr(module.ops.sample, "recordable", False))  # or whoever filters draws anew
         self.rows_B = torch.arange(self.most, device=device)
-        self._there: list[tuple[list[int] | None, int]] = [
-            (None, 0)
-        ] * self.most  # pages of a slot, and how many are known
-        self._recorded: dict[
-            tuple[int, bool], tuple[Any, Tensor, Tensor]
-        ] = {}  # by size, and whether rows may have filters
+        # Of each slot: its pages, and how many of them stand in the table.
+        self._there: list[tuple[list[int] | None, int]] = [(None, 0)] * self.most
+        # By size, and whether rows may have filters.
+        self._recorded: dict[tuple[int, bool], tuple[Any, Tensor, Tensor]] = {}
         self._memory: Any = None
 
     def step(self, sequences: Many[Sequence]) -> tuple[Tensor, Tensor]:
@@ -69,16 +67,8 @@ class Recorder:
     def _rows(self, sequences: Many[Sequence]) -> NDArray[np.float64]:
         size = bucket(len(sequences), self.most)
         rows_BG = np.empty((size, ROW))
-        rows_BG[:] = (
-            self.most,
-            1,
-            0,
-            0,
-            0,
-            self.vocabulary,
-            1,
-            0,
-        )  # of those that fill up: a slot and a page of their own
+        # Those that fill up have a slot and a page of their own.
+        rows_BG[:] = self.most, 1, 0, 0, 0, self.vocabulary, 1, 0
         for row, s in zip(rows_BG, sequences, strict=False):
             row[SLOT], row[CONTEXT], row[TEMPERATURE] = s.slot, len(s), s.params.temperature
             if s.params.temperature > 0:

@@ -99,7 +99,7 @@ def _gathered(q_BNH: Tensor, kv: KV, paging: Paging, window: int | None) -> Tens
     return scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=seen_BS[:, None, None]).reshape(b, n, h)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # a model has blocks with a window, and without
 def _shared(paging: Paging, size: int, window: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What all blocks of a model need: which keys are seen; pages that are all of the sequence's own; which is its last, and which
     places there are beyond its end."""

@@ -17,6 +17,15 @@ from nanovllm_kernels.torch_sampling import stretch_of
 from nanovllm_kernels.triton_filters import limits
 
 
+@triton.jit
+def _kept(logits, token, inside, bound_ptr, last_ptr, row, FILTERS: tl.constexpr):
+    """Which tokens of a row its filters keep."""
+    if FILTERS:
+        bound, last = tl.load(bound_ptr + row), tl.load(last_ptr + row)
+        inside = inside & ((logits > bound) | ((logits == bound) & (token <= last)))
+    return inside
+
+
 @triton.jit(do_not_specialize=["stride"])
 def _stretches(logits_ptr, heat_ptr, bound_ptr, last_ptr, sums_ptr, vocabulary, stride,
                EACH: tl.constexpr, BLOCK: tl.constexpr, STRETCHES: tl.constexpr, FILTERS: tl.constexpr):  # fmt: skip
@@ -30,10 +39,7 @@ def _stretches(logits_ptr, heat_ptr, bound_ptr, last_ptr, sums_ptr, vocabulary, 
     largest = tl.max(logits, 0)
     safe = tl.where(largest > float("-inf"), largest, 0.0)
     heat = tl.maximum(tl.load(heat_ptr + row), 1.1754943508222875e-38)
-    kept = inside
-    if FILTERS:
-        bound, last = tl.load(bound_ptr + row), tl.load(last_ptr + row)
-        kept = inside & ((logits > bound) | ((logits == bound) & (token <= last)))
+    kept = _kept(logits, token, inside, bound_ptr, last_ptr, row, FILTERS)
     total = tl.sum(tl.where(kept, tl.exp((logits - safe) / heat), 0.0), 0)
     first = tl.min(tl.where(logits == largest, token, vocabulary), 0)
     to = sums_ptr + (row * STRETCHES + stretch) * 3
@@ -68,10 +74,7 @@ def _draw(logits_ptr, heat_ptr, bound_ptr, last_ptr, u_ptr, sums_ptr, token_ptr,
     token = stretch * EACH + place
     inside = (place < EACH) & (token < vocabulary)
     logits = tl.load(logits_ptr + row * stride + token, inside, float("-inf")).to(tl.float32)
-    kept = inside
-    if FILTERS:
-        bound, last = tl.load(bound_ptr + row), tl.load(last_ptr + row)
-        kept = inside & ((logits > bound) | ((logits == bound) & (token <= last)))
+    kept = _kept(logits, token, inside, bound_ptr, last_ptr, row, FILTERS)
     within = tl.where(kept & finite, tl.exp((logits - top) / safe), 0.0).to(tl.float64)
     sums_within = tl.cumsum(within, 0)
     u = tl.load(u_ptr + row * u_stride + 1)
