@@ -86,10 +86,9 @@ def _gathered(q_BNH: Tensor, kv: KV, paging: Paging, window: int | None) -> Tens
     """One token a sequence, of all at once; the host need not know how long they are."""
     b, n, h = q_BNH.shape
     size, kv_heads = kv.k_PSKH.shape[1:3]
-    device = q_BNH.device
-    seen_BS, own_BP, last_B, beyond_BS1 = _shared(paging, size, window)
-    if device.type == "cpu":
-        k_BSKH, v_BSKH = (_own(pages, own_BP, last_B, beyond_BS1) for pages in (kv.k_PSKH, kv.v_PSKH))
+    seen_BS, own_BP, beyond_R = _shared(paging, size, window)
+    if beyond_R is not None:
+        k_BSKH, v_BSKH = (_own(pages, own_BP, beyond_R) for pages in (kv.k_PSKH, kv.v_PSKH))
     else:  # where nobody has written there may be anything, and no number times 0 is none
         k_BSKH, v_BSKH = (
             pages[own_BP].flatten(1, 2).masked_fill_(~seen_BS[:, :, None, None], 0) for pages in (kv.k_PSKH, kv.v_PSKH)
@@ -100,9 +99,9 @@ def _gathered(q_BNH: Tensor, kv: KV, paging: Paging, window: int | None) -> Tens
 
 
 @lru_cache(maxsize=2)  # a model has blocks with a window, and without
-def _shared(paging: Paging, size: int, window: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What all blocks of a model need: which keys are seen; pages that are all of the sequence's own; which is its last, and which
-    places there are beyond its end."""
+def _shared(paging: Paging, size: int, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What all blocks of a model need: which keys are seen; pages that are all of the sequence's own; on a CPU, of their places one
+    behind the other, those beyond a sequence's end."""
     tables_BP, device = paging.tables_DP[:, : -(-max(paging.contexts) // size)], paging.tables_DP.device
     b, pages = tables_BP.shape
     page_P = torch.arange(pages, device=device)
@@ -110,14 +109,14 @@ def _shared(paging: Paging, size: int, window: int | None) -> tuple[Tensor, Tens
     seen_BS = back_BS >= 0 if window is None else (back_BS >= 0) & (back_BS < window)
     last_B1 = (paging.contexts_D[:, None] - 1) // size
     own_BP = torch.where(page_P <= last_B1, tables_BP, tables_BP[:, :1])
-    beyond_BS1 = (back_BS < 0).view(b, pages, size).gather(1, last_B1[:, :, None].expand(-1, -1, size).long())
-    return seen_BS, own_BP, last_B1[:, 0].long(), beyond_BS1.view(b, size, 1)
+    if device.type != "cpu":
+        return seen_BS, own_BP, None
+    beyond_BPS = (back_BS < 0).view(b, pages, size) & (page_P == last_B1)[:, :, None]
+    return seen_BS, own_BP.long(), beyond_BPS.flatten().nonzero()[:, 0]
 
 
-def _own(pages_PSKH: Tensor, own_BP: Tensor, last_B: Tensor, beyond_BS1: Tensor) -> Tensor:
+def _own(pages_PSKH: Tensor, own_BP: Tensor, beyond_R: Tensor) -> Tensor:
     """The pages of each sequence side by side, zeros beyond its end: what nobody has written may be no number."""
-    b, size = len(own_BP), pages_PSKH.shape[1]
-    found_BPSX = pages_PSKH.flatten(2).index_select(0, own_BP.flatten().long()).view(*own_BP.shape, size, -1)
-    rows_B = torch.arange(b)
-    found_BPSX[rows_B, last_B] = found_BPSX[rows_B, last_B].masked_fill_(beyond_BS1, 0)
-    return found_BPSX.view(b, -1, *pages_PSKH.shape[2:])
+    found_PX = pages_PSKH.flatten(1).index_select(0, own_BP.flatten())
+    found_PX.view(-1, pages_PSKH[0, 0].numel()).index_fill_(0, beyond_R, 0)
+    return found_PX.view(len(own_BP), -1, *pages_PSKH.shape[2:])
