@@ -90,13 +90,14 @@ def sampling(rows: int) -> dict[str, float]:
 
     from nanovllm_core.contracts import Draws
 
-    logits, found = 3 * torch.randn(rows, V, device="cuda"), {}
+    logits, found = 3 * torch.randn(rows, V, dtype=torch.bfloat16, device="cuda"), {}
     for name, k, p, least in FILTERS:
         draws = Draws(
             temperature_B=torch.full((rows,), 0.6, device="cuda"), top_k_B=torch.full((rows,), k, device="cuda"),
             top_p_B=torch.full((rows,), p, dtype=torch.float64, device="cuda"),
             min_p_B=torch.full((rows,), least, device="cuda"),
-            u_B2=torch.rand(rows, 2, dtype=torch.float64, device="cuda"), drawn=True, filtered_R=None,
+            u_B2=torch.rand(rows, 2, dtype=torch.float64, device="cuda"), drawn=True,
+            filtered_R=torch.arange(rows, device="cuda") if name else None,
         )  # fmt: skip
         found[f"triton{name}"] = microseconds([lambda draws=draws: triton_sample.sample(logits, draws)] * 4)
         if not name:

@@ -1,9 +1,10 @@
 """What top-k, top-p and min-p keep of a row: the logits above a bound, and those at it up to a last token.
 
-The bound is found digit by digit, four bits of an order-preserving whole number at a time (a radix select: Alabi et al., "Fast
-k-selection algorithms for graphics processing units", 2012): chunks of a row count in parallel what is at each of 16
-candidates or above, and the next launch adds them up and goes on; for top-p they add weights in place of counts. Nothing is
-sorted, sums are made in one order, and rows without such a filter are left at once.
+Most rows are known from their likeliest tokens (`triton_likeliest`). Of the others the bound is found digit by digit, four bits of
+an order-preserving whole number at a time (a radix select: Alabi et al., "Fast k-selection algorithms for graphics
+processing units", 2012): chunks of a row count in parallel what is at each of 16 candidates or above, and the next launch
+adds them up and goes on; for top-p they add weights in place of counts. Nothing is sorted, sums are made in one order, and the
+rows that are known are left at once.
 """
 
 from __future__ import annotations
@@ -14,25 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_core.contracts import Draws
+from nanovllm_kernels.triton_likeliest import CHUNK, key_of, likeliest, logit_of, top_of
 
-CHUNK = 4096  # tokens of a program
-BLOCK = 1024  # of them at once
-DIGITS = 8
+BLOCK = 1024  # tokens of a chunk at once
+DIGITS = 8  # of a key
 COUNTS, WEIGHTS = 0, 1
 NEVER = 0x7FFFFF  # the key of -inf: none is less
-
-
-@triton.jit
-def _key(logits):
-    """uint32 in the order of the logits."""
-    bits = (logits + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
-    return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _logit(key):
-    low = key.to(tl.int64).to(tl.uint32).to(tl.int32, bitcast=True)
-    return tl.where(low < 0, low ^ -2147483648, ~low).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -43,14 +31,12 @@ def _all(partial_ptr, row, chunks, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _top(tops_ptr, row, chunks, CHUNKS: tl.constexpr):
-    lane = tl.arange(0, CHUNKS)
-    return tl.max(tl.load(tops_ptr + row * chunks + lane, lane < chunks, float("-inf")), 0)
+def _chosen(found_ptr, state_ptr, row, chunks, wanted, DIGIT: tl.constexpr, LEAST: tl.constexpr, CHUNKS: tl.constexpr,
+            LAST: tl.constexpr):  # fmt: skip
+    """Key and what is above it, once the first DIGIT digits are known: from what the launch before has found.
 
-
-@triton.jit
-def _chosen(found_ptr, state_ptr, row, chunks, wanted, DIGIT: tl.constexpr, LEAST: tl.constexpr, CHUNKS: tl.constexpr):
-    """Key and what is above it, once the first DIGIT digits are known: from what the launch before has found."""
+    A key ends after LAST digits as that of -inf does, where logits are negative; else in zeros.
+    """
     key, above = tl.full([], LEAST, tl.float64), tl.zeros([], tl.float64)
     if DIGIT > 0:
         key, above = tl.load(state_ptr + row * 2), tl.load(state_ptr + row * 2 + 1)
@@ -60,6 +46,8 @@ def _chosen(found_ptr, state_ptr, row, chunks, wanted, DIGIT: tl.constexpr, LEAS
         digit = tl.maximum(tl.sum((found >= wanted).to(tl.int32), 0) - 1, 0)
         above = tl.where(digit < 15, tl.sum(tl.where(lane == digit + 1, found, 0.0), 0), above)
         key += digit.to(tl.float64) * (1 << (4 * (8 - DIGIT)))
+        if (DIGIT == LAST) & (LAST < 8):
+            key = tl.where(key >= 0x7FFFFFFF, key + 1, key)
     return key, above
 
 
@@ -69,38 +57,27 @@ def _wanted(k, p, kept_ptr, mass_ptr, tops_ptr, row, chunks, heat, KIND: tl.cons
     wanted = k.to(tl.float64)
     if KIND == 1:
         key, ties = tl.load(kept_ptr + row * 2), tl.load(kept_ptr + row * 2 + 1)
-        own = tl.exp((_logit(key) - _top(tops_ptr, row, chunks, CHUNKS)) / heat).to(tl.float64)
+        own = tl.exp((logit_of(key) - top_of(tops_ptr, row, chunks, CHUNKS)) / heat).to(tl.float64)
         wanted = p * (_all(mass_ptr, row, chunks, CHUNKS) + tl.where(ties > 0, ties * own, 0.0))
     return wanted
 
 
 @triton.jit(do_not_specialize=["stride"])
-def _tops(logits_ptr, tops_ptr, vocabulary, stride, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    tops = tl.full([BLOCK], float("-inf"), tl.float32)
-    for first in range(chunk * CHUNK, tl.minimum(vocabulary, (chunk + 1) * CHUNK), BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        logits = tl.load(logits_ptr + row * stride + token, token < vocabulary, float("-inf")).to(tl.float32)
-        tops = tl.maximum(tops, logits)
-    tl.store(tops_ptr + row * tl.num_programs(0) + chunk, tl.max(tops, 0))
-
-
-@triton.jit(do_not_specialize=["stride"])
-def _digit(logits_ptr, heat_ptr, k_ptr, p_ptr, kept_ptr, mass_ptr, tops_ptr, before_ptr, found_ptr, was_ptr, state_ptr,
+def _digit(logits_ptr, heat_ptr, k_ptr, p_ptr, left_ptr, kept_ptr, mass_ptr, tops_ptr, before_ptr, found_ptr, was_ptr, state_ptr,
            vocabulary, stride, DIGIT: tl.constexpr, KIND: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr,
-           BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+           BLOCK: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
     """Of a chunk, how much is at each candidate for the next digit, or above it."""
     chunk, row, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     heat, k, p = tl.load(heat_ptr + row), tl.load(k_ptr + row), tl.load(p_ptr + row)
     asked = (k < vocabulary) if KIND == 0 else (p < 1)
-    if asked & (heat > 0):
+    if asked & (tl.load(left_ptr + row) > 0):
         heat = tl.maximum(heat, 1.1754943508222875e-38)
         wanted = _wanted(k, p, kept_ptr, mass_ptr, tops_ptr, row, chunks, heat, KIND, CHUNKS)
-        key, above = _chosen(before_ptr, was_ptr, row, chunks, wanted, DIGIT, LEAST, CHUNKS)
+        key, above = _chosen(before_ptr, was_ptr, row, chunks, wanted, DIGIT, LEAST, CHUNKS, LAST)
         if chunk == 0:
             tl.store(state_ptr + row * 2, key)
             tl.store(state_ptr + row * 2 + 1, above)
-        top = _top(tops_ptr, row, chunks, CHUNKS)
+        top = top_of(tops_ptr, row, chunks, CHUNKS)
         lane = tl.arange(0, 16)
         least = tl.minimum(key.to(tl.int64) + (lane.to(tl.int64) << (4 * (7 - DIGIT))), 0xFFFFFFFF).to(tl.uint32)
         found = tl.zeros([16], tl.float64)
@@ -111,86 +88,85 @@ def _digit(logits_ptr, heat_ptr, k_ptr, p_ptr, kept_ptr, mass_ptr, tops_ptr, bef
             share = tl.where(inside, 1.0, 0.0)
             if KIND == 1:
                 share = tl.where(inside, tl.exp((logits - top) / heat), 0.0)
-            met = _key(logits)[:, None] >= least[None, :]
+            met = key_of(logits)[:, None] >= least[None, :]
             found += tl.sum(tl.where(met, share[:, None], 0.0), 0).to(tl.float64)
         tl.store(found_ptr + (row * chunks + chunk) * 16 + lane, found)
 
 
 @triton.jit(do_not_specialize=["stride"])
-def _mass(logits_ptr, heat_ptr, k_ptr, p_ptr, kept_ptr, mass_ptr, tops_ptr, before_ptr, was_ptr, vocabulary, stride,
-          LEAST: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+def _mass(logits_ptr, heat_ptr, k_ptr, _p_ptr, left_ptr, kept_ptr, mass_ptr, tops_ptr, before_ptr, was_ptr, vocabulary, stride,
+          LEAST: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+          LAST: tl.constexpr):  # fmt: skip
     """What top-k keeps: its key, how many at it; and of a chunk, the weight above it."""
     chunk, row, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    heat, k, p = tl.load(heat_ptr + row), tl.load(k_ptr + row), tl.load(p_ptr + row)
-    if (heat > 0) & ((k < vocabulary) | (p < 1)):
+    heat, k = tl.load(heat_ptr + row), tl.load(k_ptr + row)
+    if tl.load(left_ptr + row) > 0:
         key, ties = tl.full([], LEAST, tl.float64) - 1, tl.zeros([], tl.float64)  # all are above it
         if k < vocabulary:
-            key, above = _chosen(before_ptr, was_ptr, row, chunks, k.to(tl.float64), 8, LEAST, CHUNKS)
+            key, above = _chosen(before_ptr, was_ptr, row, chunks, k.to(tl.float64), LAST, LEAST, CHUNKS, LAST)
             ties = k.to(tl.float64) - above
         if chunk == 0:
             tl.store(kept_ptr + row * 2, key)
             tl.store(kept_ptr + row * 2 + 1, ties)
-        heat, top = tl.maximum(heat, 1.1754943508222875e-38), _top(tops_ptr, row, chunks, CHUNKS)
+        heat, top = tl.maximum(heat, 1.1754943508222875e-38), top_of(tops_ptr, row, chunks, CHUNKS)
         mass = tl.zeros([], tl.float64)
         for first in range(chunk * CHUNK, tl.minimum(vocabulary, (chunk + 1) * CHUNK), BLOCK):
             token = first + tl.arange(0, BLOCK)
             inside = token < vocabulary
             logits = tl.load(logits_ptr + row * stride + token, inside, float("-inf")).to(tl.float32)
-            above_it = inside & (_key(logits).to(tl.int64) > key.to(tl.int64))
+            above_it = inside & (key_of(logits).to(tl.int64) > key.to(tl.int64))
             mass += tl.sum(tl.where(above_it, tl.exp((logits - top) / heat), 0.0), 0).to(tl.float64)
         tl.store(mass_ptr + row * chunks + chunk, mass)
 
 
 @triton.jit(do_not_specialize=["stride"])
-def _bound(logits_ptr, heat_ptr, k_ptr, p_ptr, share_ptr, kept_ptr, mass_ptr, tops_ptr, before_ptr, was_ptr, bound_ptr, last_ptr,
-           vocabulary, stride, chunks, LEAST: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+def _bound(logits_ptr, heat_ptr, k_ptr, p_ptr, left_ptr, share_ptr, kept_ptr, mass_ptr, tops_ptr, before_ptr, was_ptr,
+           bound_ptr, last_ptr, vocabulary, stride, chunks, LEAST: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+           LAST: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     heat, k, p, share = tl.load(heat_ptr + row), tl.load(k_ptr + row), tl.load(p_ptr + row), tl.load(share_ptr + row)
-    bound, last = tl.full([], float("-inf"), tl.float32), tl.full([], 0, tl.int32) + vocabulary
-    if heat > 0:
-        heat, top = tl.maximum(heat, 1.1754943508222875e-38), _top(tops_ptr, row, chunks, CHUNKS)
-        if (k < vocabulary) | (p < 1):
-            key, ties = tl.load(kept_ptr + row * 2), tl.load(kept_ptr + row * 2 + 1)
-            if p < 1:
-                wanted = _wanted(k, p, kept_ptr, mass_ptr, tops_ptr, row, chunks, heat, 1, CHUNKS)
-                likely, above = _chosen(before_ptr, was_ptr, row, chunks, wanted, 8, LEAST, CHUNKS)
-                own = tl.exp((_logit(likely) - top) / heat).to(tl.float64)
-                some = tl.maximum(tl.ceil((wanted - above) / tl.maximum(own, 1e-300)), 1.0)
-                ties = tl.where(likely > key, some, tl.where(likely == key, tl.minimum(ties, some), ties))
-                key = tl.maximum(key, likely)
-            bound = _logit(key)
-            before, last = tl.zeros([], tl.int32), tl.full([], -1, tl.int32)
-            for first in range(0, vocabulary, BLOCK):
-                token = first + tl.arange(0, BLOCK)
-                logits = tl.load(logits_ptr + row * stride + token, token < vocabulary, float("nan")).to(tl.float32)
-                same = (logits == bound).to(tl.int32)
-                kept = (same > 0) & (before + tl.cumsum(same, 0) <= ties)
-                last = tl.maximum(last, tl.max(tl.where(kept, token, -1), 0))
-                before += tl.sum(same, 0)
+    if tl.load(left_ptr + row) > 0:
+        heat, top = tl.maximum(heat, 1.1754943508222875e-38), top_of(tops_ptr, row, chunks, CHUNKS)
+        key, ties = tl.load(kept_ptr + row * 2), tl.load(kept_ptr + row * 2 + 1)
+        if p < 1:
+            wanted = _wanted(k, p, kept_ptr, mass_ptr, tops_ptr, row, chunks, heat, 1, CHUNKS)
+            likely, above = _chosen(before_ptr, was_ptr, row, chunks, wanted, LAST, LEAST, CHUNKS, LAST)
+            own = tl.exp((logit_of(likely) - top) / heat).to(tl.float64)
+            some = tl.maximum(tl.ceil((wanted - above) / tl.maximum(own, 1e-300)), 1.0)
+            ties = tl.where(likely > key, some, tl.where(likely == key, tl.minimum(ties, some), ties))
+            key = tl.maximum(key, likely)
+        bound = logit_of(key)
+        before, last = tl.zeros([], tl.int32), tl.full([], -1, tl.int32)
+        for first in range(0, vocabulary, BLOCK):
+            token = first + tl.arange(0, BLOCK)
+            logits = tl.load(logits_ptr + row * stride + token, token < vocabulary, float("nan")).to(tl.float32)
+            same = (logits == bound).to(tl.int32)
+            kept = (same > 0) & (before + tl.cumsum(same, 0) <= ties)
+            last = tl.maximum(last, tl.max(tl.where(kept, token, -1), 0))
+            before += tl.sum(same, 0)
         least = top + heat * tl.log(share)
         if (share > 0) & (least > bound):
             bound, last = least, last * 0 + vocabulary
-    tl.store(bound_ptr + row, bound)
-    tl.store(last_ptr + row, last)
+        tl.store(bound_ptr + row, bound)
+        tl.store(last_ptr + row, last)
 
 
 def limits(logits_BV: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
     """The bound [B] fp32 and the last token at it [B] int32; of a row without filters -inf and V."""
     (rows, vocabulary), device, stride = logits_BV.shape, logits_BV.device, logits_BV.stride(0)
     chunks = triton.cdiv(vocabulary, CHUNK)
-    sizes = {"CHUNK": CHUNK, "BLOCK": BLOCK, "CHUNKS": triton.next_power_of_2(chunks), "LEAST": NEVER}
+    digits = DIGITS // 2 if logits_BV.dtype == torch.bfloat16 else DIGITS
+    sizes = {"CHUNK": CHUNK, "BLOCK": BLOCK, "CHUNKS": triton.next_power_of_2(chunks), "LEAST": NEVER, "LAST": digits}
     heat_B, k_B, p_B, share_B = (
         x.contiguous() for x in (draws.temperature_B, draws.top_k_B, draws.top_p_B, draws.min_p_B)
     )
     found = [torch.empty(rows, chunks, 16, dtype=torch.float64, device=device) for _ in range(2)]
     state = [torch.empty(rows, 2, dtype=torch.float64, device=device) for _ in range(2)]
-    tops_BC = torch.empty(rows, chunks, dtype=torch.float32, device=device)
     mass_BC, kept_B2 = torch.empty(rows, chunks, dtype=torch.float64, device=device), torch.empty_like(state[0])
-    bound_B, last_B = torch.empty_like(heat_B), torch.empty(rows, dtype=torch.int32, device=device)
-    grid, asked = (chunks, rows), (logits_BV, heat_B, k_B, p_B)
-    _tops[grid](logits_BV, tops_BC, vocabulary, stride, CHUNK=CHUNK, BLOCK=BLOCK)
+    bound_B, last_B, left_B, tops_BC = likeliest(logits_BV, heat_B, k_B, p_B, share_B, 4 * digits)
+    grid, asked = (chunks, rows), (logits_BV, heat_B, k_B, p_B, left_B)
     for kind in (COUNTS, WEIGHTS):
-        for digit in range(DIGITS):
+        for digit in range(digits):
             was, now = digit % 2, 1 - digit % 2
             _digit[grid](
                 *asked, kept_B2, mass_BC, tops_BC, found[was], found[now], state[was], state[now], vocabulary, stride,
@@ -199,7 +175,7 @@ def limits(logits_BV: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         if kind == COUNTS:
             _mass[grid](*asked, kept_B2, mass_BC, tops_BC, found[0], state[0], vocabulary, stride, **sizes)
     _bound[(rows,)](
-        *asked, share_B, kept_B2, mass_BC, tops_BC, found[0], state[0], bound_B, last_B, vocabulary, stride, chunks, LEAST=NEVER,
-        BLOCK=CHUNK, CHUNKS=sizes["CHUNKS"], num_warps=8,
+        *asked, share_B, kept_B2, mass_BC, tops_BC, found[0], state[0], bound_B, last_B, vocabulary, stride, chunks,
+        num_warps=8, **(sizes | {"BLOCK": CHUNK}),
     )  # fmt: skip
     return bound_B, last_B
