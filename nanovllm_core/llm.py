@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike, fspath
 from types import MappingProxyType
 from typing import Any, Literal, Self, overload
@@ -133,6 +134,11 @@ class LLM:
         if self._ranks is not None:
             self._ranks.end()
 
+    @property
+    def lost(self) -> bool:
+        """Whether one of the processes of tensor_parallel_size has died: nothing can be generated any more."""
+        return self._ranks is not None and self._ranks.talk.lost
+
     def _room(self, share: float, shape: Shape, ranks: int) -> int:
         """Tokens that the memory has room for beside the weights, at least one page."""
         if self.machine.device == "cuda":
@@ -184,9 +190,17 @@ class LLM:
         answers = [s for sequences in asked for s in sequences]
         if stream:
             return self._driver.stream(answers)
+        found: list[Any] = [None] * len(answers)
+
+        def told(at: int) -> None:  # while the device is at work on the others
+            if answers[at].finish_reason is not None:
+                found[at] = answers[at].output(self.tokenizer)
+
+        for at, answer in enumerate(answers):
+            answer.advanced = partial(told, at)
         for _ in self._shown(answers, use_tqdm):
             pass
-        return [s.output(self.tokenizer) for s in answers]
+        return found
 
     @overload
     def chat(

@@ -6,6 +6,7 @@ input as JSON. A rank whose first rank is gone ends by itself.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
@@ -13,7 +14,9 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 from attrs import evolve
@@ -27,6 +30,8 @@ from nanovllm_core.recipe import Recipe
 from nanovllm_core.registry import Registry
 
 MEETING = timedelta(seconds=300)  # in which all ranks must have come, torch's imports included
+WATCHED = 0.1  # seconds between two looks at whether the others live
+ABORT = 10  # seconds in which NCCL may end what waits for a rank that is gone
 FOREVER = timedelta(days=20)  # between two questions
 
 
@@ -75,7 +80,11 @@ class Ranks:
         before = torch.get_num_threads()
         if not torch.cuda.is_available():
             torch.set_num_threads(min(threads, before))
-        ranks.end = weakref.finalize(ranks, _end, ranks.talk, others, before)  # also when Python ends
+        ranks.talk.others = others
+        watch = Thread(target=_watch, args=(ranks.talk,), name="ranks", daemon=True)
+        if torch.cuda.is_available():
+            watch.start()
+        ranks.end = weakref.finalize(ranks, _end, ranks.talk, before, watch)  # also when Python ends
         return ranks
 
     def mesh(self, device: str) -> Any:
@@ -143,28 +152,47 @@ def _join(store: Any, rank: int, size: int) -> Any:
         raise GenerationError(f"LLM: tensor_parallel_size: the {size} ranks did not meet: {e}") from e
 
 
-def _end(talk: Talk, others: list[subprocess.Popen[str]], threads: int) -> None:
-    """Let the other ranks go, by force where they cannot hear."""
-    from contextlib import suppress
+def _watch(talk: Talk) -> None:
+    """End what waits on the GPU for ranks that are gone, which NCCL would never do."""
+    import torch
+    from torch.distributed import distributed_c10d
 
+    while not (talk.over or talk.lost):
+        time.sleep(WATCHED)
+    if talk.torn or talk.lost:
+        for group in list(distributed_c10d._world.pg_map):
+            with suppress(Exception):  # one that is not of NCCL
+                group._get_backend(torch.device("cuda")).abort()
+
+
+def _end(talk: Talk, threads: int, watch: Thread) -> None:
+    """Let the other ranks go, by force where they cannot hear."""
     import torch
     from torch import distributed
 
     from nanovllm_core.inference.ranks import say_end
 
+    talk.torn = talk.torn or talk.lost
+    talk.over = True
     if talk.torn:
-        for process in others:
+        for process in talk.others:
             process.kill()
     else:
         with suppress(Exception):
             say_end(talk.group)
-    talk.torn = True
-    for process in others:
+    for recorded in talk.recorded:
+        recorded.clear()
+    for process in talk.others:
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    if watch.is_alive():
+        watch.join(ABORT)
+    if watch.is_alive():  # NCCL does not come back, nor would it when Python ends
+        atexit.register(os._exit, 1)
+        return
     with suppress(Exception):
         distributed.destroy_process_group()
     torch.set_num_threads(threads)

@@ -89,10 +89,10 @@ class Ops:
         return self.paged_attention(q_TNH, k_TKH, v_TKH, batch, kv, window=window)
 
     def logits(self, x_TC: Tensor, weight_VC: Tensor, select: Tensor | None) -> Tensor:
-        """x @ weight.T of the selected tokens (None: of all), [n, V] in fp32."""
+        """x @ weight.T of the selected tokens (None: of all), [n, V] in the compute dtype."""
         if self.head is not None:
             return self.head(x_TC, weight_VC, select)
-        return self.linear(x_TC if select is None else x_TC[select], weight_VC, None).float()
+        return self.linear(x_TC if select is None else x_TC[select], weight_VC, None)
 
     def norm_linear(
         self, x_TC: Tensor, more_TC: Tensor | None, norm_C: Tensor, eps: float, *matrices: Tensor | None

@@ -31,7 +31,7 @@ from nanovllm_core.inference.scheduler import Part, Scheduler
 from nanovllm_core.inference.sequence import Prompt, Sequence, answers_to
 
 PAGE = 16  # tokens
-BUDGET = MappingProxyType({"cpu": 2048, "cuda": 8192})  # tokens of a forward
+BUDGET = MappingProxyType({"cpu": 2048, "cuda": 16384})  # tokens of a forward
 
 
 class Runner(Protocol):
@@ -79,7 +79,7 @@ class Engine:
         Raises GenerationError where an answer of `max_len` would not fit in the pages.
         """
         self.module, self.tokenizer, self.max_len, self.device = module, tokenizer, max_len, device
-        self.pool: PagePool | None = None
+        self.talk, self.pool = talk, None
         self.runner: Runner
         self.recorder: Recorder | None = None
         self.ahead = False
@@ -199,7 +199,7 @@ class Engine:
         flight, self._flight = self._flight, None
         if flight is None:
             return []
-        tokens = flight.tokens()
+        tokens = flight.tokens(self.talk)
         if flight.logits_RV is not None:
             note(flight.logits_RV, [a.sequence for a in flight.asked for _ in range(a.rows)], tokens)
         told, rest = [], iter(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from nanovllm_core.inference.ranks import Talk
 from nanovllm_core.inference.sequence import Sequence
+
+LOOK = 0.2  # seconds between two looks at whether the other ranks live
 
 
 @frozen(eq=False)
@@ -45,9 +49,17 @@ class Flight:
         told = any(a.sequence.params.logprobs is not None for a in asked)
         return cls(asked, logits_RV if told else None, tokens_R, there)
 
-    def tokens(self) -> list[int]:
-        """Waits for them."""
-        if self._there is not None:
+    def tokens(self, talk: Talk | None = None) -> list[int]:
+        """Waits for them; with other ranks only while these live. Raises GenerationError where one does not."""
+        if talk is not None:
+            look = 0.0
+            while self._there is not None and not self._there.query():
+                if time.monotonic() > look:
+                    talk.check()  # the device would wait forever
+                    look = time.monotonic() + LOOK
+                time.sleep(0)
+            talk.check()  # what was drawn without one of the ranks is nothing
+        elif self._there is not None:
             self._there.synchronize()
         found: list[int] = self._tokens_R.tolist()
         return found

@@ -111,25 +111,26 @@ def paged_batch(
     device: str = "cpu",
 ) -> Batch:
     """The newest `lengths` tokens of sequences that then have `contexts` tokens, in these pages of `size` tokens each."""
-    used = [list(own[: -(-context // size)]) for own, context in zip(pages, contexts, strict=True)]
-    width = max(map(len, used))
-    positions: list[int] = []
-    places: list[int] = []
-    for own, length, context in zip(used, lengths, contexts, strict=True):
-        new = range(context - length, context)
-        positions += new
-        places += [own[at // size] * size + at % size for at in new]
+    used = [own[: -(-context // size)] for own, context in zip(pages, contexts, strict=True)]
+    tables_DP = np.zeros((len(used), max(map(len, used))), np.int32)
+    for row, own in zip(tables_DP, used, strict=True):
+        row[: len(own)] = own
+    lengths_D = np.array(lengths)
+    starts_D = lengths_D.cumsum() - lengths_D
+    documents_T = np.arange(len(used)).repeat(lengths_D)
+    positions_T = np.arange(len(documents_T)) + (np.array(contexts) - lengths_D - starts_D)[documents_T]
+    places_T = tables_DP[documents_T, positions_T // size].astype(np.int64) * size + positions_T % size
     return Batch(
-        positions=sent(positions, torch.int64, device),
+        positions=sent(positions_T, torch.int64, device),
         lengths=tuple(lengths),
         cu_seqlens=sent([0, *itertools.accumulate(lengths)], torch.int32, device),
         select=None if select is None else sent(select, torch.int64, device),
         paging=Paging(
             contexts=tuple(contexts),
             contexts_D=sent(contexts, torch.int32, device),
-            tables_DP=sent([own + [0] * (width - len(own)) for own in used], torch.int32, device),
+            tables_DP=sent(tables_DP, torch.int32, device),
             runs=tuple(own[0] if own[-1] - own[0] == len(own) - 1 and _follow(own) else -1 for own in used),
-            places_T=sent(places, torch.int64, device),
+            places_T=sent(places_T, torch.int64, device),
         ),
     )
 

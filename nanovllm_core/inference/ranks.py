@@ -9,6 +9,8 @@ long as it takes: it ends when the first rank says so, or is gone.
 from __future__ import annotations
 
 import itertools
+import subprocess
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import define
+from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
@@ -34,18 +36,43 @@ class Talk:
     """How the first rank speaks to the others."""
 
     group: Any
-    torn: bool = False  # a step was begun and not ended, so nobody knows what the others wait for; or they were let go
+    torn: bool = False  # a step was begun and not ended, so nobody knows what the others wait for
+    over: bool = False  # the others were let go
+    others: list[subprocess.Popen[str]] = field(factory=list)  # of the first rank
+    # What the first rank has recorded: a communicator does not end before the graphs that use it.
+    recorded: list[dict[Any, Any]] = field(factory=list)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """A step, which all ranks do to its end, or none hears of again. Raises GenerationError after one that was torn."""
-        if self.torn:
+        if self.torn or self.over:
+            self.check()
             raise GenerationError(
                 "the ranks of tensor_parallel_size are no more, or were interrupted in a step: close this LLM and make another"
             )
         self.torn = True
-        yield
+        try:
+            yield
+        except RuntimeError:  # a group's, perhaps, of which one is gone: its process may be about to
+            deadline = time.monotonic() + 1
+            while not self.lost and time.monotonic() < deadline:
+                time.sleep(0.02)
+            self.check()
+            raise
+        self.check()
         self.torn = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether one of the others has ended before it was let go."""
+        return not self.over and any(process.poll() is not None for process in self.others)
+
+    def check(self) -> None:
+        """Raises GenerationError where a rank is lost, whatever has come of a step."""
+        if self.lost:
+            raise GenerationError(
+                "a process of tensor_parallel_size has died (what it said stands above): close this LLM and make another"
+            )
 
 
 class Gone(Exception):
@@ -89,6 +116,7 @@ class LeadingRecorder(Recorder):
     ) -> None:  # fmt: skip
         super().__init__(module, kv, pool, last_N, longest, vocabulary, device)
         self.talk = talk
+        talk.recorded.append(self._recorded)
         with talk.whole():
             _send(RECORD, [longest, vocabulary], talk.group)
 

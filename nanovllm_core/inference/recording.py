@@ -1,7 +1,7 @@
 """Steps of one new token a sequence, recorded once for a number of sequences and run again for any (CUDA graphs).
 
 All that differs from step to step stands at fixed places on the device, by slot: a sequence has one while it runs. What is sent for
-a step is a row of eight numbers a sequence, and the pages that are new. Tokens go from a step's draws to the next step's
+a step is a row of numbers a sequence, and the pages that are new. Tokens go from a step's draws to the next step's
 forward without the host, so it may be a step behind. On a CPU the same step runs without a recording.
 """
 
@@ -18,11 +18,11 @@ from torch import Tensor
 from nanovllm_core.contracts import KV, Batch, Draws, Module, Ops, Paging
 from nanovllm_core.errors import GenerationError, reason
 from nanovllm_core.inference.pages import PagePool
-from nanovllm_core.inference.sent import sent
+from nanovllm_core.inference.sent import kept, sent
 from nanovllm_core.inference.sequence import Sequence
 
-SLOT, CONTEXT, FIRST, SECOND, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(8)  # of a row: numbers that fp64 holds exactly
-ROW = 8
+SLOT, CONTEXT, PLACE, FIRST, SECOND, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(9)  # of a row: fp64 holds all exactly
+ROW = 9
 
 
 class Recorder:
@@ -60,7 +60,7 @@ class Recorder:
             slots, places, pages = sent(new, torch.int64, self.device).unbind(1)
             self.tables_NP[slots, places] = pages.int()
         size = len(rows_BG)
-        self.given_BG[:size].copy_(sent(rows_BG, torch.float64, self.device), non_blocking=True)
+        self.given_BG[:size].copy_(kept(rows_BG, torch.float64, self.device), non_blocking=True)
         asked_BG = rows_BG[:, TOP_K:] != (self.vocabulary, 1, 0)
         return self._run(size, bool(asked_BG.any()))
 
@@ -68,9 +68,11 @@ class Recorder:
         size = bucket(len(sequences), self.most)
         rows_BG = np.empty((size, ROW))
         # Those that fill up have a slot and a page of their own.
-        rows_BG[:] = self.most, 1, 0, 0, 0, self.vocabulary, 1, 0
+        rows_BG[:] = self.most, 1, self.pool.count * self.pool.size, 0, 0, 0, self.vocabulary, 1, 0
         for row, s in zip(rows_BG, sequences, strict=False):
-            row[SLOT], row[CONTEXT], row[TEMPERATURE] = s.slot, len(s), s.params.temperature
+            page, within = divmod(len(s) - 1, self.pool.size)
+            row[:FIRST] = s.slot, len(s), s.pages[page] * self.pool.size + within
+            row[TEMPERATURE] = s.params.temperature
             if s.params.temperature > 0:
                 row[FIRST : SECOND + 1] = s.uniform()
                 if self.filters and s.params.filters(self.vocabulary):
@@ -122,29 +124,28 @@ class Recorder:
     def _forward(self, size: int, filters: bool) -> tuple[Tensor, Tensor]:
         """All from what stands at the fixed places."""
         given_BG = self.given_BG[:size]
-        slots_B, contexts_B = given_BG[:, SLOT].long(), given_BG[:, CONTEXT].long()
-        positions_B = contexts_B - 1
-        tables_BP = self.tables_NP[slots_B]
-        pages_B = tables_BP.gather(1, (positions_B // self.pool.size)[:, None])[:, 0].long()
+        whole_3B = torch.empty(FIRST, size, dtype=torch.int64, device=self.device)
+        slots_B, contexts_B, places_B = whole_3B.copy_(given_BG[:, :FIRST].T)
         batch = Batch(
-            positions=positions_B,
+            positions=contexts_B - 1,
             lengths=(1,) * size,
             cu_seqlens=self.starts_B[: size + 1],
             paging=Paging(
                 contexts=(self.longest,) * size,
                 contexts_D=contexts_B.int(),
-                tables_DP=tables_BP,
+                tables_DP=self.tables_NP[slots_B],
                 runs=(-1,) * size,
-                places_T=pages_B * self.pool.size + positions_B % self.pool.size,
+                places_T=places_B,
                 exact=False,
             ),
         )
         logits_BV = self.module(self.last_N[slots_B], batch, kv=self.kv)[:, : self.vocabulary]
+        k_B, p_B, least_B = given_BG[:, TOP_K:].unbind(1)
         draws = Draws(
             temperature_B=given_BG[:, TEMPERATURE].float(),
-            top_k_B=given_BG[:, TOP_K].long(),
-            top_p_B=given_BG[:, TOP_P],
-            min_p_B=given_BG[:, MIN_P].float(),
+            top_k_B=k_B.long() if filters else k_B,  # which nobody reads else
+            top_p_B=p_B,
+            min_p_B=least_B.float() if filters else least_B,
             u_B2=given_BG[:, FIRST : SECOND + 1],
             drawn=True,
             filtered_R=self.rows_B[:size] if filters else None,

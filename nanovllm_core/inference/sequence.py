@@ -146,9 +146,10 @@ def answers_to(
 def _check(number: int, ids: list[int], tokenizer: Tokenizer, max_len: int) -> None:
     if not ids:
         raise GenerationError(f"prompt {number}: is empty; give some text")
-    wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < tokenizer.vocab_size]
-    if wrong:
-        raise GenerationError(f"prompt {number}: got token id {wrong[0]!r}, allowed: 0 to {tokenizer.vocab_size - 1}")
+    ids_there = tokenizer.vocab_size
+    if {*map(type, ids)} != {int} or min(ids) < 0 or max(ids) >= ids_there:
+        wrong = next(i for i in ids if type(i) is not int or not 0 <= i < ids_there)
+        raise GenerationError(f"prompt {number}: got token id {wrong!r}, allowed: 0 to {ids_there - 1}")
     if len(ids) >= max_len:
         raise GenerationError(
             f"prompt {number}: has {len(ids)} tokens, {len(ids) - max_len + 1} too many: prompt and answer share "

@@ -53,15 +53,15 @@ class _Health:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         service = self.service
-        draining = service.admission.draining
-        told: dict[str, Any] = {"status": "draining" if draining else "ok"}
+        status = "draining" if service.admission.draining else "failed" if service.llm.lost else "ok"
+        told: dict[str, Any] = {"status": status}
         try:
             check_key(Headers(scope=scope), service.settings.key)
         except ApiError:
             pass
         else:
             told |= figures(service)
-        await JSONResponse(told, 503 if draining else 200)(scope, receive, send)
+        await JSONResponse(told, 200 if status == "ok" else 503)(scope, receive, send)
 
 
 def figures(service: Service) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """On a GPU: steps from CUDA graphs, a forward ahead of the host, Triton's attention and sampling; beside the CPU's answers."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,8 +47,42 @@ def test_several_gpus_answer_as_the_cpu(small_model, ranks):
         pytest.skip(f"fewer than {ranks} CUDA devices")
     some = prompts(30)
     wanted = LLM(small_model, machine=Machine()).generate(some, GREEDY)
-    llm = LLM(small_model, dtype="float32", tensor_parallel_size=ranks, kv_cache_tokens=1 << 14)
-    assert parted(llm.generate(some, GREEDY), wanted) <= 2
+    with LLM(small_model, dtype="float32", tensor_parallel_size=ranks, kv_cache_tokens=1 << 14) as llm:
+        assert parted(llm.generate(some, GREEDY), wanted) <= 2
+    assert not torch.distributed.is_initialized()
+
+
+LOSES = """
+import faulthandler, os, signal, sys, threading, time
+faulthandler.dump_traceback_later(60, exit=True)
+from nanovllm_core import LLM, SamplingParams
+from nanovllm_core.errors import GenerationError
+
+llm = LLM(sys.argv[1], tensor_parallel_size=2, kv_cache_tokens=1 << 14)
+llm.generate([[5] * 9], SamplingParams(max_tokens=20), use_tqdm=False)
+[other] = map(int, open(f"/proc/self/task/{os.getpid()}/children").read().split())
+kill = lambda: os.kill(other, signal.SIGKILL)
+threading.Timer(0.2, kill).start()
+try:
+    while True:
+        llm.generate([[5] * 9], SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)
+except GenerationError as e:
+    print(e, flush=True)
+if len(sys.argv) > 2:
+    llm.close()
+"""
+
+
+@pytest.mark.parametrize("close", [["close"], []], ids=["closed", "left"])
+def test_a_process_that_dies_ends_what_waits_for_it(small_model, close):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than 2 CUDA devices")
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES, small_model, *close], capture_output=True, text=True, timeout=90
+    )
+    assert "has died" in done.stdout, done.stderr[-2000:]
+    assert done.returncode in (0, 1), done.stderr[-2000:]  # 1: NCCL did not let go
+    assert "Timeout" not in done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

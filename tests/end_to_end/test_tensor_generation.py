@@ -167,8 +167,11 @@ def test_two_processes_answer_as_one(saved):
     llm = LLM(saved, tensor_parallel_size=2)
     [other] = children() - before
     os.kill(other, signal.SIGKILL)
-    with pytest.raises(GenerationError, match="the model failed"):
+    with pytest.raises(
+        GenerationError, match=r"a process of tensor_parallel_size has died .*: close this LLM and make"
+    ):
         llm.generate(PROMPTS, PARAMS)
+    assert llm.lost
     llm.close()
     assert not torch.distributed.is_initialized()
 

@@ -1,6 +1,7 @@
 """How a server ends: new requests are refused, running answers end within a limit, the second signal ends at once."""
 
 import json
+import os
 import signal
 import threading
 
@@ -69,3 +70,18 @@ def test_the_second_signal_ends_at_once(start, number):
         server.signal(number)
         assert server.ended(10) == 128 + number
     assert "stopped at once" in server.said
+
+
+def test_a_process_that_dies_is_told(start):
+    server = start("--tensor-parallel-size", "2", *ROOM)
+    assert server.post("/v1/completions", {"prompt": "b", "max_tokens": 3})[0] == 200
+    with open(f"/proc/{server.process.pid}/task/{server.process.pid}/children", encoding="ascii") as file:
+        [other] = map(int, file.read().split())
+    os.kill(other, signal.SIGKILL)
+    server.until(lambda h: h["status"] == "failed")
+    assert server.get("/health")[0] == 503
+    code, _, found = server.post("/v1/completions", {"prompt": "b"})
+    assert code == 500
+    assert "error" in json.loads(found)
+    server.signal()
+    assert server.ended(20) == 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 PER_PROCESSOR = 4  # programs of a kernel whose programs walk over many rows
+LINE = 128  # bytes that are fetched at once
 ON_CPU = 3  # in the interpreter: few, so that tests meet programs with several tiles
 
 
@@ -41,6 +42,14 @@ def launch_early(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that comes to the device before the one in front of it is done, and waits by itself: since Hopper."""
     early = device.type == "cuda" and bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@triton.jit
+def fetch(pointers):
+    """Let what stands there come to the L2 cache: its line of each pointer."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

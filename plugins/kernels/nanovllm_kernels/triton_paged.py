@@ -2,33 +2,39 @@
 
 A tile is some new tokens of a sequence with all query heads of one key head, so that a key read serves them all; the softmax
 goes along with the keys (Milakov & Gimelshein, 2018; Dao et al., 2022). A single new token has few rows, so its past is
-split among programs and their parts are joined by a second kernel (flash decoding: Dao et al., 2023). Nothing on the host
-depends on what the device holds but the longest context, which settles the number of parts.
+split among programs (flash decoding: Dao et al., 2023), of which the one that is done last joins what all have found. Nothing on
+the host depends on what the device holds but the longest context, which settles the number of parts.
 """
 
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm_core.contracts import KV, Batch
 from nanovllm_kernels.torch_attention import documents
-from nanovllm_kernels.triton_launch import ON_CPU, begin, launch_early, processors, rows_of
+from nanovllm_kernels.triton_launch import LINE, ON_CPU, fetch, launch_early, processors, rows_of
 
 ROWS = 16  # fewest of a tile: what tensor cores take
 TOKENS = 64  # rows of a tile of a prompt
 ONE = MappingProxyType(
     {"KEYS": 32, "num_warps": 2, "num_stages": 2}
 )  # a step of single tokens: keys, and how they are read
-SOME = MappingProxyType({"KEYS": 64, "num_warps": 4, "num_stages": 3})  # of prompts
+SOME = MappingProxyType({"KEYS": 32, "num_warps": 4, "num_stages": 3})  # of prompts
 WAVES = 4  # programs per processor that decoding aims at
 FEWEST = 256  # keys that are worth a program
 MOST_PARTS = 32
+MANY = 16  # parts from which on one warp each is faster
+FETCHED = 64  # keys of a program that are on their way before the kernel in front is done
+
+# Of pages: how many programs of each sequence and key head are done; zeros between two calls.
+_done: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @triton.jit(do_not_specialize=["k_stride", "v_stride"])
@@ -43,18 +49,57 @@ def _write(k_ptr, v_ptr, place_ptr, k_page_ptr, v_page_ptr, k_stride, v_stride,
     tl.store(v_page_ptr + place, v.to(v_page_ptr.dtype.element_ty), inside)
 
 
+@triton.jit
+def _share(context, length, tile, part, window,
+           TOKENS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr, NEW: tl.constexpr):  # fmt: skip
+    """The first of the keys that a program reads, and the one after the last."""
+    end = tl.minimum(context, context - length + (tile + 1) * TOKENS)
+    low = 0
+    if WINDOW:
+        low = tl.maximum(0, context - length + tile * TOKENS + 1 - window) // KEYS * KEYS
+    if NEW:
+        end = context - 1
+    share = tl.cdiv(tl.cdiv(end - low, PARTS), KEYS) * KEYS
+    low = low + part * share
+    return low, tl.minimum(end, low + share)
+
+
+@triton.jit
+def _join(part_ptr, sums_ptr, to_ptr, row, SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """What all parts have found for a query head."""
+    column = tl.arange(0, BLOCK)
+    part = row.to(tl.int64) * PARTS + tl.arange(0, PARTS)
+    largest, total = tl.load(sums_ptr + part * 2), tl.load(sums_ptr + part * 2 + 1)
+    weight = tl.exp2(largest - tl.max(largest, 0))
+    found = tl.load(part_ptr + part[:, None] * SIZE + column[None, :], (column < SIZE)[None, :], 0.0)
+    out = tl.sum(found * weight[:, None], 0) / tl.sum(total * weight, 0)
+    tl.store(to_ptr + column, out.to(to_ptr.dtype.element_ty), column < SIZE)
+
+
 @triton.jit(do_not_specialize=["first", "table_stride", "window"])
 def _attend(q_ptr, k_ptr, v_ptr, place_ptr, k_page_ptr, v_page_ptr, table_ptr, context_ptr, start_ptr, out_ptr, part_ptr,
-            sums_ptr, first, q_stride, k_stride, v_stride, table_stride, scale, window,
+            sums_ptr, done_ptr, first, q_stride, k_stride, v_stride, table_stride, scale, window,
             HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
             TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr,
-            PRECISION: tl.constexpr, WIDE: tl.constexpr, NEW: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    begin(EARLY)
+            PRECISION: tl.constexpr, WIDE: tl.constexpr, NEW: tl.constexpr, EARLY: tl.constexpr, FETCHED: tl.constexpr,
+            LINES: tl.constexpr, LINE: tl.constexpr):  # fmt: skip
     kv_head, document = tl.program_id(0), first + tl.program_id(1)  # long documents first: the short ones fill the gaps
     tile, part = tl.program_id(2) // PARTS, tl.program_id(2) % PARTS
+    # What tells of the batch was there before any kernel that comes early.
     start = tl.load(start_ptr + document)
     length = tl.load(start_ptr + document + 1) - start
     context = tl.load(context_ptr + document)
+    if EARLY:
+        gdc_launch_dependents()
+        if NEW:
+            one, beyond = _share(context, length, tile, part, window, TOKENS, KEYS, PARTS, WINDOW, NEW)
+            soon = tl.minimum(one + tl.arange(0, FETCHED), tl.maximum(beyond - 1, 0))
+            holds = tl.load(table_ptr + document * table_stride + soon // PAGE).to(tl.int64)
+            line = tl.minimum(tl.arange(0, LINES) * LINE, SIZE - 1)
+            where = (((holds * PAGE + soon % PAGE) * HEADS + kv_head) * SIZE)[:, None] + line[None, :]
+            fetch(k_page_ptr + where)
+            fetch(v_page_ptr + where)
+        gdc_wait()
     if tile * TOKENS < length:
         row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
         token = tile * TOKENS + row // GROUP
@@ -65,15 +110,7 @@ def _attend(q_ptr, k_ptr, v_ptr, place_ptr, k_page_ptr, v_page_ptr, table_ptr, c
         q = tl.load(q_ptr + q_place, known[:, None] & (column < SIZE)[None, :], 0.0)
         if WIDE:
             q = q.to(tl.float32)
-        end = tl.minimum(context, context - length + (tile + 1) * TOKENS)
-        low = 0
-        if WINDOW:
-            low = tl.maximum(0, context - length + tile * TOKENS + 1 - window) // KEYS * KEYS
-        if NEW:
-            end = context - 1
-        share = tl.cdiv(tl.cdiv(end - low, PARTS), KEYS) * KEYS
-        low = low + part * share
-        end = tl.minimum(end, low + share)
+        low, end = _share(context, length, tile, part, window, TOKENS, KEYS, PARTS, WINDOW, NEW)
         largest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         found = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -120,22 +157,14 @@ def _attend(q_ptr, k_ptr, v_ptr, place_ptr, k_page_ptr, v_page_ptr, table_ptr, c
             tl.store(part_ptr + to[:, None] * SIZE + column[None, :], found, known[:, None] & (column < SIZE)[None, :])
             tl.store(sums_ptr + to * 2, largest, known)
             tl.store(sums_ptr + to * 2 + 1, total, known)
-
-
-@triton.jit
-def _join(part_ptr, sums_ptr, out_ptr,
-          SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    begin(EARLY)
-    row = tl.program_id(0).to(tl.int64)
-    part, column = tl.arange(0, LANES), tl.arange(0, BLOCK)
-    there = part < PARTS
-    largest = tl.load(sums_ptr + (row * PARTS + part) * 2, there, float("-inf"))
-    total = tl.load(sums_ptr + (row * PARTS + part) * 2 + 1, there, 0.0)
-    weight = tl.exp2(largest - tl.max(largest, 0))
-    place = (row * PARTS + part)[:, None] * SIZE + column[None, :]
-    found = tl.load(part_ptr + place, there[:, None] & (column < SIZE)[None, :], 0.0)
-    out = tl.sum(found * weight[:, None], 0) / tl.sum(total * weight, 0)
-    tl.store(out_ptr + row * SIZE + column, out.to(out_ptr.dtype.element_ty), column < SIZE)
+            tl.debug_barrier()  # all threads have stored
+            counter = done_ptr + tl.program_id(1) * HEADS + kv_head
+            if tl.atomic_add(counter, 1) == PARTS - 1:
+                tl.store(counter, 0)
+                for member in tl.static_range(GROUP):
+                    of = kv_head * GROUP + member
+                    of_out = out_ptr + (start.to(tl.int64) * (HEADS * GROUP) + of) * SIZE
+                    _join(part_ptr, sums_ptr, of_out, tl.program_id(1) * (HEADS * GROUP) + of, SIZE, BLOCK, PARTS)
 
 
 def paged_attention(
@@ -182,23 +211,28 @@ def _run(
     several = parts > 1
     part = torch.empty((documents_here * n, parts, size) if several else 1, dtype=torch.float32, device=q_TNH.device)
     sums = torch.empty((documents_here * n, parts, 2) if several else 1, dtype=torch.float32, device=q_TNH.device)
-    block = max(16, triton.next_power_of_2(size))
+    block, line = max(16, triton.next_power_of_2(size)), LINE // kv.k_PSKH.element_size()
     _attend[(heads, documents_here, triton.cdiv(longest, tokens) * parts)](
         q_TNH, k_TC, v_TC, paging.places_T, kv.k_PSKH, kv.v_PSKH, paging.tables_DP, paging.contexts_D, batch.cu_seqlens,
-        out_TNH, part, sums, first, q_TNH.stride(0), k_TC.stride(0), v_TC.stride(0), paging.tables_DP.stride(0),
+        out_TNH, part, sums, _counters(kv.k_PSKH, documents_here * heads if several else 1), first,
+        q_TNH.stride(0), k_TC.stride(0), v_TC.stride(0), paging.tables_DP.stride(0),
         size**-0.5 * 1.4426950408889634, window or 0,
         HEADS=heads, GROUP=group, SIZE=size, BLOCK=block, PAGE=page, TOKENS=tokens,
         ROWS=max(ROWS, triton.next_power_of_2(tokens * group)), PARTS=parts, WINDOW=window is not None,
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
         WIDE=q_TNH.device.type == "cpu",  # the interpreter's products know no bf16
-        NEW=longest == 1, **launch_early(q_TNH.device), **(ONE if longest == 1 else SOME),
+        NEW=longest == 1, FETCHED=FETCHED, LINES=max(1, block // line), LINE=line,
+        **launch_early(q_TNH.device), **(SOME if longest > 1 else ONE if parts < MANY else {**ONE, "num_warps": 1}),
     )  # fmt: skip
-    if several:
-        rows: Any = out_TNH[first : first + documents_here]  # one token each
-        _join[(documents_here * n,)](
-            part, sums, rows, SIZE=size, BLOCK=block, PARTS=parts, LANES=triton.next_power_of_2(parts),
-            **launch_early(q_TNH.device),
-        )  # fmt: skip
+
+
+def _counters(pages: Tensor, count: int) -> Tensor:
+    """At least so many zeros for those who share the work of a call on these pages. Recorded calls go on using the ones that they
+    were recorded with."""
+    kept: list[Tensor] = _done.setdefault(pages, [])
+    if not kept or len(kept[-1]) < count:
+        kept.append(torch.zeros(triton.next_power_of_2(count), dtype=torch.int32, device=pages.device))
+    return kept[-1]
 
 
 def _parts(tiles: int, longest: int, device: torch.device) -> int:

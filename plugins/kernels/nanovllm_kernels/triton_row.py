@@ -13,11 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm_kernels.triton_launch import launch_early
+from nanovllm_kernels.triton_launch import LINE, fetch, launch_early
 
 OUTS = 4  # of a program; measured on an H100 at Qwen3-0.6B's sizes
 MOST = 1024  # values of the row at once
-LINE = 128  # bytes that are fetched at once
 
 
 @triton.jit
@@ -38,14 +37,7 @@ def _row(x_ptr, more_ptr, norm_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, outs
     if EARLY:
         gdc_launch_dependents()
         line = tl.minimum(tl.arange(0, LINES) * LINE, SIZE - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [row + line[None, :]],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        fetch(row + line[None, :])
         gdc_wait()
     scale = 1.0
     if NORM:

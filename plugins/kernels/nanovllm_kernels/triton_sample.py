@@ -109,6 +109,7 @@ def sample(logits_BV: Tensor, draws: Draws) -> Tensor:
         BLOCK=block,
         STRETCHES=stretches,
         FILTERS=filters,
+        num_warps=1,
     )
     u_B2 = draws.u_B2 if draws.u_B2.stride(1) == 1 else draws.u_B2.contiguous()
     _draw[(rows,)](

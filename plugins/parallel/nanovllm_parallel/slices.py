@@ -136,10 +136,10 @@ class Sliced:
         if select is not None:
             x_TC = x_TC[select]
         if not _split_along(weight, 0):
-            return self.plain.linear(x_TC, self._shared(weight), None).float()
+            return self.plain.linear(x_TC, self._shared(weight), None)
         table, _ = self._slice(weight)
         each = -(-weight.shape[0] // self.size)
-        mine = F.pad(self.plain.linear(x_TC, table, None).float(), (0, each - len(table)))
+        mine = F.pad(self.plain.linear(x_TC, table, None), (0, each - len(table)))
         if mine.requires_grad:
             raise NanoError("logits over tensor slices have no gradient; train with targets")
         parts = _gather(mine, self.group, self.size).view(self.size, len(x_TC), each)
