@@ -86,6 +86,8 @@ class LLM:
                 raise GenerationError(f"LLM: {name}: got {value!r}, allowed: {'None, or ' * none}{from_} and more")
         if not isinstance(path, str | PathLike):
             raise GenerationError(f"LLM: path: got {path!r:.60}, allowed: a folder, or a name on the hub")
+        if not isinstance(enforce_eager, bool):
+            raise GenerationError(f"LLM: enforce_eager: got {enforce_eager!r:.60}, allowed: True or False")
         if tensor_parallel_size > 1 and (registry is not None or machine is not None):
             raise GenerationError(
                 "LLM: tensor_parallel_size: the other processes know no registry and machine of yours; leave them out"

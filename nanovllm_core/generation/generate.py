@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from nanovllm_core.generation.feed import Progress, answered, refuse_unanswerabl
 from nanovllm_core.generation.flags import llm_of, sampling_of
 from nanovllm_core.generation.leaving import Leaving
 from nanovllm_core.generation.questions import Question, Questions
+from nanovllm_core.inference.params import SamplingParams
 from nanovllm_core.llm import LLM
 
 
@@ -32,6 +34,8 @@ def generate(args: argparse.Namespace) -> int:
     params = sampling_of(args)
     if args.file is None and args.out is None:
         llm = llm_of(args, args.max_model_len, args.batch_size)
+        if len(args.prompt) * params.n == 1 and not args.json:
+            return _as_it_is_made(llm, args.prompt[0], params)
         outputs = llm.generate(args.prompt, params)
         for i, output in enumerate(outputs):
             prompt = args.prompt[i // params.n]
@@ -39,6 +43,15 @@ def generate(args: argparse.Namespace) -> int:
         return 0
     questions = Questions(args.prompt if args.file is None else args.file, params)
     return _to_stdout(args, questions) if args.out is None else _to_file(args, questions)
+
+
+def _as_it_is_made(llm: LLM, prompt: str, params: SamplingParams) -> int:
+    """Print a prompt and its only answer."""
+    pieces = llm.generate(prompt, params, stream=True)
+    for text in itertools.chain([prompt], (piece["text"] for piece in pieces), ["\n\n"]):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    return 0
 
 
 def _to_stdout(args: argparse.Namespace, questions: Questions) -> int:

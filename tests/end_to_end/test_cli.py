@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -183,3 +184,22 @@ def test_a_cache_that_shortens_answers_says_so(small_model):
     done = nanovllm("generate", small_model, "--prompt", "the river", "--ignore-eos", "--kv-cache-tokens", "32")
     assert done.returncode == 0
     assert "the cache holds 32 tokens, so prompt and answer together have no more; the model takes" in done.stderr
+
+
+def test_an_answer_is_printed_while_it_is_made(small_model):
+    """Into a pipe too; a signal in the middle leaves what there is."""
+    command = [sys.executable, "-m", "nanovllm_core.cli", "generate", str(small_model), "--prompt", "the river"]
+    options = ["--seed", "1", "--ignore-eos", "--max-tokens"]
+    whole = nanovllm(*command[3:], *options, "60").stdout
+    with subprocess.Popen(
+        [*command, *options, "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        found = process.stdout.read(40)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        rest, said = process.communicate(timeout=60)
+    assert whole.startswith(found)
+    assert whole.endswith("\n\n")
+    assert not rest.endswith("\n\n")
+    assert process.returncode == 130
+    assert said == "nanovllm: interrupted\n"
