@@ -42,8 +42,6 @@ def ours(case: Case, warm: int, steps: int) -> dict[str, Any]:
     from nanovllm_core.settings import settings_of
     from nanovllm_core.training.trainer import Trainer
 
-    if case.variant == "bf16-weights":
-        raise NotImplementedError("not supported yet: training keeps fp32 masters")
     config, rows, length, machine = config_of(case), case.batch, case.length, Machine.detect()
     shapes = config.parameter_shapes()
 
@@ -84,7 +82,7 @@ def ours(case: Case, warm: int, steps: int) -> dict[str, Any]:
         "parallel": "single",
         "train": {
             "mixed_precision": "bf16", "learning_rate": 1e-4, "gradient_clipping": 1.0, "per_device_train_batch_size": rows,
-            "gradient_checkpointing": case.variant == "checkpointing",
+            "gradient_checkpointing": case.variant == "checkpointing", "master_weights": case.variant != "bf16-weights",
         },
     })  # fmt: skip
     plan = plan_model(recipe, Registry.from_environment().extended(models={"drawn": Drawn}), machine)
@@ -147,6 +145,6 @@ def ours(case: Case, warm: int, steps: int) -> dict[str, Any]:
         ),  # since the one before: the trainer begins it anew
         "kernels_compiled_after_step_3": sum(step >= 3 for step in compiled),
         "parameters": plan.shape.parameters,
-        "weights": "float32",
+        "weights": plan.weights,
         "kernels": {operation: choice.entry.name for operation, choice in plan.kernels.items()},
     }

@@ -48,7 +48,7 @@ def assemble(
     weight: Callable[[str], Tensor] | None = None,
     mesh: Any = None,
 ) -> Parallelized:
-    """The model on `device`: fp32 masters to train, the compute dtype to generate.
+    """The model on `device`: to train in the plan's dtype of weights, to generate in the compute dtype.
 
     `weight(name)` gives each parameter; without it the model component does (from file, or random by seed).
     """
@@ -57,7 +57,7 @@ def assemble(
         module = models.build(shape=shape, ops=load_ops(plan, device, training=training))
     strategy = bind(Parallel, [(plan.parallel.entry.full_name, plan.parallel.component)])
     parallelized = strategy.parallelize(module=module, layout=plan.layout, mesh=mesh)
-    dtype = torch.float32 if training else getattr(torch, plan.dtype)
+    dtype = getattr(torch, plan.weights if training else plan.dtype)
     give = weight or (lambda name: models.weight(shape=shape, name=name, seed=seed))
     # A copy: what a component gives may be a view of the file or of its own cache, and training writes in place.
     fill(parallelized.module, give, device, lambda mine: mine.to(device, dtype, copy=True).contiguous())

@@ -40,6 +40,7 @@ def memory_of(
         frozen=frozen,
         layout=layout,
         joined=joined,
+        masters=train.master_weights,
     )
 
 

@@ -53,28 +53,31 @@ def training_memory(
     frozen: int = 0,
     layout: Layout | None = None,
     joined: Collection[str] = (),
+    masters: bool = True,
 ) -> Memory:
     """What training holds on one device with `tokens` tokens in a micro-batch.
 
-    dtype: of the computation, "float32" | "bfloat16"; master weights, gradients and moments are fp32
+    dtype: of the computation, "float32" | "bfloat16"
     accumulates: a step has several micro-batches, so a forward finds the gradients of the one before
     mixed: a micro-batch holds documents of several lengths, whose attention runs on copies
     frozen: parameters that are never trained: no gradient, no moments
     layout: `tensor` divides matrices and what they give; `shard` divides weights, gradients and moments, a block's
       weights being gathered when it runs; `data` divides nothing
     joined: operations that kernels do in one (`contracts.JOINED`)
+    masters: weights, gradients and moments are fp32; else they are of the computation's dtype
     """
     layout = layout or Layout()
     s, split, t = (2 if dtype == "bfloat16" else 4), layout.tensor * layout.shard, layout.tensor
     vocabulary = shape.vocab_size * shape.hidden // t  # parameters of the embedding, or of the head
     block_parameters = max(0, shape.parameters // t - vocabulary * (1 if shape.tied else 2)) // max(1, shape.layers)
-    weights, trained = 4 * shape.parameters // split, shape.parameters - frozen
-    gradients, optimizer = 4 * trained // split, 8 * trained // split
+    w = 4 if masters else s
+    weights, trained = w * shape.parameters // split, shape.parameters - frozen
+    gradients, optimizer = w * trained // split, 2 * w * trained // split
     held = weights + optimizer + WORKSPACE.get(device, 0)
-    casts = 0 if s == 4 else s * block_parameters  # kept for the gradient of the input
+    casts = 0 if s == w else s * block_parameters  # kept for the gradient of the input
     if layout.shard > 1:
         gathered = 2 * block_parameters + vocabulary if layout.reshard else shape.parameters // t
-        held += s * gathered + 4 * block_parameters
+        held += s * gathered + w * block_parameters
         casts = 0
     made = gradients  # anew in each step
     if layout.data > 1 and layout.shard == layout.tensor == 1 and not layout.ordered:
@@ -89,19 +92,19 @@ def training_memory(
     last_again = gradient_checkpointing is True or (gradient_checkpointing == "selective" and shape.layers % 2 == 1)
     again = block if last_again else 0  # while all others are kept: of an earlier one those behind it are gone
     down = shape.hidden * shape.intermediate // t
-    back = tokens * s * (2 * shape.intermediate // t + shape.hidden) + 4 * down  # gradients in a block, at its widest
+    back = tokens * s * (2 * shape.intermediate // t + shape.hidden) + w * down  # gradients in a block, at its widest
     loss = _loss(shape, tokens, s, device, vocabulary)
 
     had = made if accumulates else 0  # of earlier micro-batches
-    head = 4 * vocabulary // layout.shard  # its gradient, which waits for the embedding's where the two are one
+    head = w * vocabulary // layout.shard  # its gradient, which waits for the embedding's where the two are one
     waiting = head if shape.tied else 0
-    before_first = had + waiting if had else max(head, made - 4 * block_parameters // layout.shard - head + waiting)
+    before_first = had + waiting if had else max(head, made - w * block_parameters // layout.shard - head + waiting)
     moments = {
         "loss": held + had + blocks + ends + loss,
         "last block back": held + had + head + blocks + again + ends + back,
         "first block back": held + before_first + block + between + back,
         "embedding back": held + made + (head if had else 0) + 2 * waiting + between,
-        "update": held + made,
+        "update": held + made + (0 if masters else 6 * 4 * vocabulary),  # the largest matrix, step by step in fp32
     }
     return Memory(
         weights=weights,

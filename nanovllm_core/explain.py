@@ -56,7 +56,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"    no {what}: {why}"
     yield from _choice(model.parallel, recipe)
     yield f"    layout: data {model.layout.data} x shard {model.layout.shard} x tensor {model.layout.tensor}"
-    yield f"compute       {model.dtype} (train.mixed_precision: {recipe.train.mixed_precision}), fp32 master weights"
+    kept = "fp32 master weights" if recipe.train.master_weights else f"weights and moments in {model.weights} too"
+    yield f"compute       {model.dtype} (train.mixed_precision: {recipe.train.mixed_precision}), {kept}"
     if plan.emulated:
         yield f"              {plan.emulated}"
     yield from _kernels(list(model.kernels.values()), recipe)

@@ -180,13 +180,13 @@ class Job:
         saver = Saver(
             root=self.folder,
             limit=plan.recipe.train.save_total_limit,
-            write_rest=lambda partial: write_config(partial, self.config, self.corpus.tokenizer, "float32"),
+            write_rest=lambda partial: write_config(partial, self.config, self.corpus.tokenizer, plan.model.weights),
             saved=lambda step, path: self.events.checkpoint_saved(step=step, path=path),
             free=lambda: host_memory() // self.world.local_size,
             resumed=found[0] if found else None,
             world=self.world,
         )
-        size = 12 * self.shape.parameters  # fp32 masters and two moments
+        size = 3 * (4 if plan.model.weights == "float32" else 2) * self.shape.parameters  # weights and two moments
         exported = (4 if self.shape.dtype == "float32" else 2) * self.shape.parameters
         saves = -(-max(0, left) // trainer.settings.save_steps)
         if self.world.first:

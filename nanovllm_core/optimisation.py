@@ -29,6 +29,8 @@ class Train:
     decay_ratio: wsd's share of the run that decays; null: 0.2
     decay_shape: how wsd decays; null: 1-sqrt, one minus the root of the progress
     mixed_precision: compute type; auto is bf16 on GPU and fp32 on CPU
+    master_weights: keep weights, gradients and AdamW's moments in fp32 beside bf16 compute; false keeps them in bf16, in half
+      the memory: what is rounded away then is made up for by chance (stochastic rounding)
     gradient_clipping: largest global norm of the gradient; 0 is off
     gradient_checkpointing: run each block again in the backward instead of keeping its activations; less memory, a third
       more arithmetic, the same figures; selective does so for every second block
@@ -65,6 +67,7 @@ class Train:
     decay_ratio: float | None = field(default=None, validator=[above(0), between(0, 1)])
     decay_shape: Literal["1-sqrt", "linear"] | None = field(default=None)
     mixed_precision: Literal["auto", "bf16", "fp32"] = "auto"
+    master_weights: bool = True
     gradient_clipping: float = field(default=1.0, validator=at_least(0))
     gradient_checkpointing: bool | Literal["selective"] = False
     freeze: tuple[str, ...] = ()

@@ -42,6 +42,7 @@ class ModelPlan:
     model: Choice
     shape: Shape
     dtype: str  # compute dtype
+    weights: str  # dtype of weights, gradients and moments in training
     frozen: int  # parameters that are never trained
     parallel: Choice
     layout: Layout
@@ -147,6 +148,7 @@ def _answered(choice: Choice, hook: str, answer: object, expected: type) -> None
 def placed(slots: Slots, parts: Parts, outline: Outline, machine: Machine, *, training: bool) -> ModelPlan:
     recipe, shape = slots.recipe, outline.shape
     dtype = _compute_dtype(recipe, machine)
+    weights = _weight_dtype(recipe, dtype) if training else dtype
     frozen = frozen_parameters(recipe, bound(Models, outline.model.component), shape, dtype) if training else 0
     request = ParallelRequest(
         world_size=machine.world_size,
@@ -178,6 +180,7 @@ def placed(slots: Slots, parts: Parts, outline: Outline, machine: Machine, *, tr
         model=outline.model,
         shape=shape,
         dtype=dtype,
+        weights=weights,
         frozen=frozen,
         parallel=parallel,
         layout=layout,
@@ -228,3 +231,15 @@ def _compute_dtype(recipe: Recipe, machine: Machine) -> str:
     if wanted == "auto":
         wanted = "bf16" if machine.device == "cuda" else "fp32"
     return {"bf16": "bfloat16", "fp32": "float32"}[wanted]
+
+
+def _weight_dtype(recipe: Recipe, dtype: str) -> str:
+    """Raises RecipeError where there is no compute type that weights could share."""
+    if recipe.train.master_weights:
+        return "float32"
+    if dtype != "bfloat16":
+        raise RecipeError(
+            f"{recipe.text.place(('train', 'master_weights'))}: train.master_weights: false trains weights in bf16, and here is "
+            f"computed in {dtype}; set train.mixed_precision: bf16, or leave the key out"
+        )
+    return dtype

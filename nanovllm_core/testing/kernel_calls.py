@@ -37,12 +37,15 @@ class Call:
         return evolve(self, args=moved)
 
 
-def calls(request: KernelRequest, lengths: Sequence[int], seed: int = 0, scale: float = 1.0) -> list[Call]:
-    """Calls of the request's operation on documents of these lengths; activations are normal times `scale`."""
+def calls(
+    request: KernelRequest, lengths: Sequence[int], seed: int = 0, scale: float = 1.0, masters: bool = True
+) -> list[Call]:
+    """Calls of the request's operation on documents of these lengths; activations are normal times `scale`. For training
+    weights are fp32 `masters`, or of the compute dtype."""
     s, tokens = request.shape, sum(lengths)
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, request.dtype)
-    master = torch.float32 if request.training else dtype
+    master = torch.float32 if request.training and masters else dtype
 
     def draw(*size: int, of: torch.dtype = dtype, by: float = scale) -> Tensor:
         return (torch.randn(size, generator=generator) * by).to(of)

@@ -67,13 +67,16 @@ class KernelContract(AttentionTests, LossTests, SamplingTests):
                     self.check(str(output.dtype) == wanted, told, f"it is {wanted}")
 
     def test_gradients_are_those_of_the_definition(self) -> None:
-        """For training: weights are fp32 masters; every input, all together and each alone."""
+        """For training: weights are fp32 masters, or of the compute dtype; every input, all together and each alone."""
         from nanovllm_core.testing.kernel_calls import calls
 
         for request in self.requests():
             for lengths in LENGTHS:
                 for call in calls(request, lengths):
                     self.same(request, call, "gradients are those of the definition", one_by_one=True)
+            if request.dtype != "float32":
+                for call in calls(request, LENGTHS[0], masters=False):
+                    self.same(request, call, "gradients are those of the definition, of bf16 weights too")
 
     def test_weight_gradients_add_up_over_many_tokens(self) -> None:
         import torch

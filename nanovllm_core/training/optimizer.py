@@ -42,7 +42,8 @@ def adamw(
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) on what this rank holds of each tensor, in torch's fused kernel.
+    """AdamW (Loshchilov and Hutter, 2019) on what this rank holds of each tensor, in torch's fused kernel; of bf16 weights, whose
+    moments are bf16 too, in fp32 with stochastic rounding (`rounded_`).
 
     It is elementwise, so ranks need not know of each other. torch.optim.AdamW does the same, but goes through DTensors, which
     costs a GPU its time, and imports torch's compiler, which costs 1.4 s. A parameter without a gradient is passed over: it neither
@@ -57,15 +58,21 @@ class AdamW:
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def update(self, divisor: Tensor | None = None, skip: Tensor | None = None) -> None:
-        """One step by gradients / `divisor`, or none where `skip` is 1: both fp32 on the device, which nobody waits for."""
+    def update(self, divisor: Tensor | None = None, skip: Tensor | None = None, seed: int = 0) -> None:
+        """One step by gradients / `divisor`, or none where `skip` is 1: both fp32 on the device, which nobody waits for.
+
+        seed: of what bf16 weights are rounded by; another one each step. Replicas of a weight stay alike.
+        """
         for group in self.param_groups:
             alike: dict[object, list[nn.Parameter]] = {}  # what the kernel takes in one call
             for p in group["params"]:
                 if p.grad is not None:
                     alike.setdefault((p.device, p.dtype), []).append(p)
             for trained in alike.values():
-                self._update(trained, group, divisor, skip)
+                if trained[0].dtype == torch.bfloat16:
+                    self._update_rounded(trained, group, divisor, skip, seed)
+                else:
+                    self._update(trained, group, divisor, skip)
 
     def _update(
         self, trained: Sequence[nn.Parameter], group: Mapping[str, Any], divisor: Tensor | None, skip: Tensor | None
@@ -83,6 +90,30 @@ class AdamW:
         if skip is not None:
             torch._foreach_sub_(steps, [skip] * len(steps))
 
+    def _update_rounded(
+        self, trained: Sequence[nn.Parameter], group: Mapping[str, Any], divisor: Tensor | None, skip: Tensor | None, seed: int
+    ) -> None:  # fmt: skip
+        """Each tensor by itself, so that there is one in fp32 at a time."""
+        random = torch.Generator(trained[0].device).manual_seed(seed)
+        rate, (beta1, beta2) = group["lr"], self.betas
+        for p in trained:
+            state = self._state(p)
+            step, average, square = (local(state[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+            goes_on = 1 if skip is None else 1 - skip
+            step += goes_on
+            weight, gradient = local(p), local(p.grad).float()  # type: ignore[arg-type]
+            if divisor is not None:
+                gradient /= divisor
+            mean = average.float().lerp_(gradient, 1 - beta1)
+            variance = square.float().lerp_(gradient.square_(), 1 - beta2)
+            size = torch.div(variance, 1 - beta2**step, out=gradient).sqrt_().add_(EPS)
+            by = torch.div(mean, size, out=size).mul_(rate / (1 - beta1**step))
+            moved = weight.float().mul_(1 - rate * group["weight_decay"]).sub_(by)
+            del gradient, size, by
+            for kept, new in ((weight, moved), (average, mean), (square, variance)):
+                found = rounded_(new, random)
+                kept.copy_(found if skip is None else torch.where(skip > 0, kept, found))
+
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         if parameter not in self.state:
             self.state[parameter] = {
@@ -97,3 +128,12 @@ class AdamW:
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+
+
+def rounded_(exact: Tensor, random: torch.Generator) -> Tensor:
+    """fp32, which is used up, as bf16: one of its two neighbours, the nearer one the likelier, so that the mean is kept (Gupta et
+    al., "Deep learning with limited numerical precision", 2015)."""
+    by = torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32, device=exact.device, generator=random)
+    by *= exact.isfinite()
+    exact.view(torch.int32).add_(by).bitwise_and_(-(1 << 16))
+    return exact.to(torch.bfloat16)

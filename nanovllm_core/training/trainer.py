@@ -275,13 +275,13 @@ class Trainer:
         divisor = (norm / s.clipping).clamp(min=1.0) if s.clipping > 0 else torch.ones_like(norm)
         judged_here = s.bad_steps.spike_factor is not None  # else the device itself leaves out what is not finite
         if not judged_here:
-            self.optimizer.update(divisor, figures.not_finite)
+            self.optimizer.update(divisor, figures.not_finite, seed=self.step)
         self._read_ahead(data.next_position)
         self.at(f"step {self.step + 1}, its figures")
         value, length = figures.read()
         bad = self.guard.accept(value, length)
         if judged_here:
-            self.optimizer.update(divisor, torch.full_like(divisor, float(bool(bad))))
+            self.optimizer.update(divisor, torch.full_like(divisor, float(bool(bad))), seed=self.step)
         self.optimizer.zero_grad()
         if bad:
             self.events.note(text=self.guard.deal(self.step + 1, bad, self.steps.sources(self.position)))

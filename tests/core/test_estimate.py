@@ -116,7 +116,29 @@ def test_activations_are_what_autograd_saves(options, lengths, dtype, checkpoint
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"], ids=["kept", "recomputed", "selective"])
 def test_the_total_is_the_most_that_lives_in_a_step(options, lengths, dtype, checkpointing, micro_batches):
     plan = evolve(planned(**options), dtype=dtype)
-    living, mixed, lengths = Living(), lengths is MIXED, shorter(lengths, dtype)
+    mixed, lengths = lengths is MIXED, shorter(lengths, dtype)
+    memory = training_memory(
+        plan.shape, tokens=sum(lengths), dtype=dtype, gradient_checkpointing=checkpointing, accumulates=micro_batches > 1,
+        mixed=mixed,
+    )  # fmt: skip
+    assert most(plan, lengths, checkpointing, micro_batches) == pytest.approx(memory.total, rel=0.05)
+
+
+@pytest.mark.parametrize(("options", "lengths"), [CASES[0], CASES[2], CASES[4]])
+@pytest.mark.parametrize(("checkpointing", "micro_batches"), [(False, 1), (False, 2), (True, 1)])
+def test_bf16_weights_live_in_half(options, lengths, checkpointing, micro_batches):
+    plan = evolve(planned(**options), dtype="bfloat16", weights="bfloat16")
+    mixed, lengths = lengths is MIXED, shorter(lengths, "bfloat16")
+    memory = training_memory(
+        plan.shape, tokens=sum(lengths), dtype="bfloat16", gradient_checkpointing=checkpointing,
+        accumulates=micro_batches > 1, mixed=mixed, masters=False,
+    )  # fmt: skip
+    assert most(plan, lengths, checkpointing, micro_batches) == pytest.approx(memory.total, rel=0.05)
+
+
+def most(plan, lengths, checkpointing, micro_batches):
+    """Bytes that live at once in the second of two steps."""
+    living = Living()
     with living:
         module = assemble(plan, "cpu", seed=1, training=True).module
         if checkpointing:
@@ -129,11 +151,7 @@ def test_the_total_is_the_most_that_lives_in_a_step(options, lengths, dtype, che
                 module(tokens, batch, targets=targets).backward()
             optimizer.update()
             optimizer.zero_grad()
-    memory = training_memory(
-        plan.shape, tokens=sum(lengths), dtype=dtype, gradient_checkpointing=checkpointing, accumulates=micro_batches > 1,
-        mixed=mixed,
-    )  # fmt: skip
-    assert living.most == pytest.approx(memory.total, rel=0.05)
+    return living.most
 
 
 SHAPE = Shape(

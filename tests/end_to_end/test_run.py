@@ -250,3 +250,39 @@ def test_what_cannot_be_run_is_said(go, folder):
     (folder / "docs" / "bad.jsonl").write_text('{"text": "fine"}\n{"text": }\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:2:"):
         go()
+
+
+COARSE = ("train.mixed_precision=bf16", "train.master_weights=false")
+
+
+def test_bf16_weights_train_and_go_on_bit_for_bit(go):
+    from safetensors.torch import load_file
+
+    _, exact = go("train.mixed_precision=bf16", "output_dir=exact")
+    out, whole = go(*COARSE)
+    assert max(abs(a - b) for a, b in zip(losses(whole), losses(exact), strict=True)) < 0.02 * losses(exact)[0]
+    assert losses(whole)[-1] < losses(whole)[0]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        held = load_file(out / "checkpoint-4" / file)
+        assert {x.dtype for name, x in held.items() if not name.startswith("step:")} == {torch.bfloat16}
+    assert json.loads((out / "checkpoint-4" / "config.json").read_text())["dtype"] == "bfloat16"
+    want = weights(out)
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "config.json").unlink()
+    out, rest = go(*COARSE)
+    assert rest.said("going on from checkpoint-4")
+    assert losses(rest) == losses(whole)[4:]
+    assert same(weights(out), want)
+    with pytest.raises(
+        RecipeError, match=r"train\.master_weights: false trains weights in bf16, and here is computed in float32"
+    ):
+        go("train.mixed_precision=fp32", "train.master_weights=false")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_bf16_weights_on_several_ranks(several, go, strategy):
+    _, alone = go(*several.TRAIN, *COARSE, "output_dir=alone")
+    done = several.run(*COARSE, f"parallel={strategy}")
+    assert done.returncode == 0, done.stderr
+    found = [loss for _, loss in sorted(several.losses().items())]
+    assert max(abs(a - b) for a, b in zip(found, losses(alone), strict=True)) < 0.01 * found[0]

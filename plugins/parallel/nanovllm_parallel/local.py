@@ -34,7 +34,14 @@ class Local:
 
     def clip(self, max_norm: float) -> Tensor:
         gradients = [p.grad for _, p in self.module.named_parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = whole(total_norm(gradients))
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_((p for _, p in self.module.named_parameters()), max_norm, norm)
         return norm
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Their norm as of one vector; of bf16 ones in fp32 too."""
+    if any(g.dtype == torch.bfloat16 for g in gradients):
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+    return torch.nn.utils.get_total_norm(gradients)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed
 
 from nanovllm_core.contracts import Layout, Module
-from nanovllm_parallel.local import Local
+from nanovllm_parallel.local import Local, total_norm
 
 
 class Group(Local):
@@ -46,7 +46,7 @@ class Group(Local):
             parts.setdefault(axes, []).append(g)
         squares = []
         for axes, gradients in parts.items():
-            square = torch.nn.utils.get_total_norm(gradients).square()
+            square = total_norm(gradients).square()
             for axis in axes:
                 distributed.all_reduce(square, group=mesh.get_group(axis))
             squares.append(square)
