@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import random
 import subprocess
@@ -213,7 +214,9 @@ def main() -> None:
             profiled(run, even(16, 128, 24, ids), args.profile)
         if args.peer:
             del run
+            gc.collect()
             torch.cuda.empty_cache()
+            figures["free_before_transformers"] = torch.cuda.mem_get_info()[0]
             peer, end = theirs(folder, args.peer)
             for name, work in works.items():
                 mine, other = figures[name]["ours"], timed(peer, work, 2, ids)

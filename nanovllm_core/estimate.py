@@ -104,7 +104,7 @@ def training_memory(
         "last block back": held + had + head + blocks + again + ends + back,
         "first block back": held + before_first + block + between + back,
         "embedding back": held + made + (head if had else 0) + 2 * waiting + between,
-        "update": held + made + (0 if masters else 6 * 4 * vocabulary),  # the largest matrix, step by step in fp32
+        "update": held + made + (0 if masters else 6 * 4 * max(vocabulary, down) // layout.shard),  # a matrix in fp32
     }
     return Memory(
         weights=weights,

@@ -33,12 +33,14 @@ def estimate_training_memory(
     gradient_checkpointing: bool | Literal["selective"] = False,
     mixed_precision: bool | str = False,
     gradient_accumulation_steps: int = 1,
+    master_weights: bool = True,
     device: str | None = None,
 ) -> dict[str, float]:
     """What training it with AdamW holds on one device, in bytes and GB (10^9 bytes), by what holds it.
 
     model: a folder or hub name, a Shape, or a model object with a Hugging Face `config`
     mixed_precision: True or "bf16": bf16 compute over fp32 weights; False or "no": fp32
+    master_weights: False: weights, gradients and moments in bf16 too
     device: "cpu" or "cuda" (default: what is here)
 
     The keys: weights, gradients, optimizer, activations, loss, total, each also with `_gb`. `total` is the worst moment of a
@@ -56,6 +58,7 @@ def estimate_training_memory(
         device=machine.device,
         gradient_checkpointing=gradient_checkpointing,
         accumulates=gradient_accumulation_steps > 1,
+        masters=master_weights,
     )
     names = ("weights", "gradients", "optimizer", "activations", "loss", "total")
     found: dict[str, float] = {name: getattr(memory, name) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from os import PathLike, fspath
 from types import MappingProxyType
@@ -196,13 +197,18 @@ class LLM:
 
         def told(at: int) -> None:  # while the device is at work on the others
             if answers[at].finish_reason is not None:
-                found[at] = answers[at].output(self.tokenizer)
+                with suppress(Exception):  # which is for the caller below, not for whoever drives
+                    found[at] = answers[at].output(self.tokenizer)
 
         for at, answer in enumerate(answers):
             answer.advanced = partial(told, at)
-        for _ in self._shown(answers, use_tqdm):
-            pass
-        return found
+        try:
+            for _ in self._shown(answers, use_tqdm):
+                pass
+        finally:
+            for answer in answers:
+                answer.advanced = None
+        return [text or s.output(self.tokenizer) for text, s in zip(found, answers, strict=True)]
 
     @overload
     def chat(

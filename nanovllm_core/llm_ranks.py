@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any
 
 from attrs import evolve
@@ -84,7 +84,8 @@ class Ranks:
         watch = Thread(target=_watch, args=(ranks.talk,), name="ranks", daemon=True)
         if torch.cuda.is_available():
             watch.start()
-        ranks.end = weakref.finalize(ranks, _end, ranks.talk, before, watch)  # also when Python ends
+        ranks.end = weakref.finalize(ranks, _end, ranks.talk, before, watch)
+        atexit.register(_leave, ranks.end, ranks.talk)
         return ranks
 
     def mesh(self, device: str) -> Any:
@@ -165,6 +166,15 @@ def _watch(talk: Talk) -> None:
                 group._get_backend(torch.device("cuda")).abort()
 
 
+def _leave(end: Callable[[], object], talk: Talk) -> None:
+    """When Python ends. Where NCCL does not let go of this process it would not let it end either."""
+    end()
+    if talk.stuck:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
 def _end(talk: Talk, threads: int, watch: Thread) -> None:
     """Let the other ranks go, by force where they cannot hear."""
     import torch
@@ -188,10 +198,10 @@ def _end(talk: Talk, threads: int, watch: Thread) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    if watch.is_alive():
+    if watch.is_alive() and watch is not current_thread():
         watch.join(ABORT)
-    if watch.is_alive():  # NCCL does not come back, nor would it when Python ends
-        atexit.register(os._exit, 1)
+    talk.stuck = watch.is_alive() and watch is not current_thread()
+    if talk.stuck:
         return
     with suppress(Exception):
         distributed.destroy_process_group()

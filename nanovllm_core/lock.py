@@ -19,6 +19,7 @@ from nanovllm_core import hub
 from nanovllm_core.errors import LockError, reason
 from nanovllm_core.files import sibling
 from nanovllm_core.negotiate import Candidate, Choice
+from nanovllm_core.optimisation import Train
 from nanovllm_core.options import model_refs, public, shown, without_secrets
 from nanovllm_core.plan import Plan
 
@@ -35,6 +36,7 @@ TRAIN_KEYS = (
     "decay_shape", "mixed_precision", "gradient_clipping", "freeze", "unfreeze", "unfreeze_blocks_every", "spike_factor",
     "seed",
 )  # fmt: skip
+IF_SET = ("master_weights",)  # came later: an identity has it where it is not as ever
 FORMAT = 1  # of the lock; another one is not compared
 COUNTED = (
     "components", "contents", "versions", "device.kind", "device.world_size", "compute_dtype", "vocabulary", "parameters",
@@ -82,7 +84,9 @@ def identity(plan: Plan, data_fingerprint: str, named: Mapping[str, str]) -> str
         "reading": reading(plan, versions=False),
         "tokenizer": with_content(plan.model.tokenizer, named),
         "model": with_content(plan.model.model, named),
-        "train": {key: train[key] for key in TRAIN_KEYS} | {"global_batch": plan.sequences_per_step.value},
+        "train": {key: train[key] for key in TRAIN_KEYS}
+        | {key: train[key] for key in IF_SET if train[key] != getattr(Train(), key)}
+        | {"global_batch": plan.sequences_per_step.value},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

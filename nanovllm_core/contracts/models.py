@@ -178,7 +178,8 @@ class Module(Protocol):
         kv: Sequence[KV] | Sequence[RowState] | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """tokens [T] int64. With targets [T]: the summed loss, fp32 scalar. Else logits [n, V] of `batch.select`."""
+        """tokens [T] int64. With targets [T]: the summed loss, fp32 scalar. Else logits [n, V] of `batch.select`, in the
+        compute dtype."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...

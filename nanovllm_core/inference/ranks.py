@@ -38,6 +38,7 @@ class Talk:
     group: Any
     torn: bool = False  # a step was begun and not ended, so nobody knows what the others wait for
     over: bool = False  # the others were let go
+    stuck: bool = False  # NCCL waits for one that is gone, whatever is done
     others: list[subprocess.Popen[str]] = field(factory=list)  # of the first rank
     # What the first rank has recorded: a communicator does not end before the graphs that use it.
     recorded: list[dict[Any, Any]] = field(factory=list)

@@ -111,8 +111,9 @@ class Sequence:
     def show(self) -> None:
         """Let other threads see the token that it got, or that it is over, as one."""
         self.shown = len(self.ids), self.finish_reason
-        if self.advanced is not None:
-            self.advanced()
+        advanced = self.advanced  # which another thread may take away
+        if advanced is not None:
+            advanced()
 
     def output(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """The answer as the caller gets it."""

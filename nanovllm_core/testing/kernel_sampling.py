@@ -88,7 +88,7 @@ class SamplingTests(KernelTests):
         return list({request.device: request for request in self.requests("sample", training=False)}.values())
 
     def rows(self, request: KernelRequest, vocabulary: int) -> tuple[torch.Tensor, Draws]:
-        """Rows of all filters, flat and peaked, part of wider rows as those of a padded vocabulary."""
+        """Rows of all filters, flat and peaked, part of wider rows as those of a padded vocabulary; even vocabularies in bf16."""
         import torch
 
         generator = torch.Generator().manual_seed(vocabulary)
@@ -97,7 +97,8 @@ class SamplingTests(KernelTests):
         logits = torch.full((len(filters), vocabulary + 3), torch.nan)
         logits[:, :vocabulary] = 3 * torch.randn(len(filters), vocabulary, generator=generator)
         draws = self.draws(heats, filters, vocabulary, request.device)
-        return logits.to(request.device)[:, :vocabulary], draws
+        dtype = torch.float32 if vocabulary % 2 else torch.bfloat16
+        return logits.to(request.device, dtype)[:, :vocabulary], draws
 
     def draws(self, heats: list[float], filters: Sequence[Filter], vocabulary: int, device: str) -> Draws:
         import torch

@@ -94,9 +94,10 @@ class AdamW:
         self, trained: Sequence[nn.Parameter], group: Mapping[str, Any], divisor: Tensor | None, skip: Tensor | None, seed: int
     ) -> None:  # fmt: skip
         """Each tensor by itself, so that there is one in fp32 at a time."""
-        random = torch.Generator(trained[0].device).manual_seed(seed)
-        rate, (beta1, beta2) = group["lr"], self.betas
+        random, rate, (beta1, beta2) = torch.Generator(trained[0].device), group["lr"], self.betas
+        places = {id(p): i for i, p in enumerate(group["params"])}
         for p in trained:
+            random.manual_seed((seed << 20) + places[id(p)])  # whatever part of others a rank holds
             state = self._state(p)
             step, average, square = (local(state[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
             goes_on = 1 if skip is None else 1 - skip

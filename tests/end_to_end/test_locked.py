@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+from attrs import fields
 
 from nanovllm_core import Machine, Recipe, Registry, make_plan
 from nanovllm_core.cli import main
 from nanovllm_core.errors import LockError
-from nanovllm_core.lock import COUNTED, UNCOUNTED, contents, drift, identity, lock_of, refuse_drift
+from nanovllm_core.lock import COUNTED, IF_SET, TRAIN_KEYS, UNCOUNTED, contents, drift, identity, lock_of, refuse_drift
+from nanovllm_core.optimisation import Train
 
 
 @pytest.fixture
@@ -168,3 +170,14 @@ def test_every_key_of_the_lock_is_counted_or_left_out_on_purpose(lock):
         while key:
             part = next(k for k in (key, *(key[:i] for i, c in enumerate(key) if c == ".")) if k in inner)
             inner, key = inner[part], key[len(part) + 1 :]
+
+
+def test_each_key_of_train_counts_for_a_runs_identity_or_is_left_out_on_purpose():
+    out = {
+        "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size",  # their product counts
+        "num_train_epochs", "max_steps", "gradient_checkpointing", "on_bad_step", "max_bad_steps", "early_stopping_patience",
+        "early_stopping_min_delta", "eval_steps", "save_steps", "save_total_limit", "logging_steps", "deterministic",
+        "rank_timeout",
+    }  # fmt: skip
+    assert {a.name for a in fields(Train)} == {*TRAIN_KEYS, *IF_SET} | out
+    assert not out & {*TRAIN_KEYS, *IF_SET}

@@ -24,7 +24,7 @@ class TestTriton(KernelContract):
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (there is none but for Linux)")
 def test_small_calls() -> None:
-    """`triton_cases.py`: without a GPU in Triton's interpreter, for which no process may have imported triton before."""
+    """Without a GPU in Triton's interpreter, for which no process may have imported triton before."""
     given = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     command = [
         sys.executable,
@@ -33,7 +33,7 @@ def test_small_calls() -> None:
         "-q",
         "-p",
         "no:cacheprovider",
-        str(Path(__file__).with_name("triton_cases.py")),
+        *(str(Path(__file__).with_name(name)) for name in ("triton_cases.py", "triton_sampling_cases.py")),
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | given, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

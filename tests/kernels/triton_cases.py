@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attrs import asdict, evolve
+from attrs import evolve
 from nanovllm_kernels import triton_row
 from nanovllm_kernels.triton import SOURCES, Triton
-from nanovllm_kernels.triton_filters import limits
-from nanovllm_kernels.triton_likeliest import likeliest
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanovllm_core.assemble import lay
-from nanovllm_core.contracts import GENERATION, KV, Accept, Draws, KernelRequest, Refuse
+from nanovllm_core.contracts import GENERATION, KV, Accept, KernelRequest, Refuse
 from nanovllm_core.testing.kernel_caches import CASES, Case, paged_call, recorded
 from nanovllm_core.testing.kernel_calls import Answer, Call, answer, bits, calls, defined, poisoned, share, strided
 from nanovllm_core.testing.kernel_cases import SHAPES
-from nanovllm_core.testing.kernel_sampling import SamplingTests
-from nanovllm_core.testing.reference import sample as reference_sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRAINED = [o for o in SOURCES if o not in GENERATION]
@@ -266,77 +262,3 @@ def test_pages(dtype: str, shape: int, window: int | None, case: Case) -> None:
         assert torch.equal(bits(again.v_PSKH), bits(right.v_PSKH))
     assert torch.equal(bits(theirs.k_PSKH), bits(right.k_PSKH))
     assert torch.equal(bits(theirs.v_PSKH), bits(right.v_PSKH))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_of_tokens_that_are_as_likely_filters_keep_the_first(dtype: str) -> None:
-    """Logits of few values, as bf16 has them: what top-k and top-p cut through; the numbers of a row meet each token kept."""
-    generator, vocabulary, rows = torch.Generator().manual_seed(4), 300, 24
-    logits_BV = torch.randint(-3, 3, (rows, vocabulary), generator=generator).to(getattr(torch, dtype))
-    logits_BV[:, 7] = -0.0
-    draws = Draws(
-        temperature_B=torch.full((rows,), 0.7),
-        top_k_B=torch.tensor([(3, 60, 299, 300)[i % 4] for i in range(rows)]),
-        top_p_B=torch.tensor([(1.0, 0.9, 0.3)[i % 3] for i in range(rows)], dtype=torch.float64),
-        min_p_B=torch.tensor([(0.0, 0.1)[i // 16] for i in range(rows)]),
-        u_B2=torch.rand(rows, 2, dtype=torch.float64, generator=generator),
-        drawn=True,
-        filtered_R=torch.arange(rows),  # some of them ask for nothing, as in a recorded step
-    )
-    found = Triton().load(request_for("sample"))(
-        logits_BV.to(DEVICE),
-        Draws(**{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in asdict(draws).items()}),
-    )
-    assert found.tolist() == reference_sample(logits_BV, draws).tolist()
-
-
-def kept_of(logits_V: Tensor, heat: float, k: int, p: float, share: float) -> Tensor:
-    """Which tokens filters keep, by their definition in fp64."""
-    logits_V, k = logits_V.double(), min(k, len(logits_V))
-    weights_V = ((logits_V - logits_V.max()) / heat).exp()
-    order_K = logits_V.sort(descending=True, stable=True).indices[:k]
-    before_K = weights_V[order_K].cumsum(0) - weights_V[order_K]
-    kept_V = torch.zeros(len(logits_V), dtype=torch.bool)
-    kept_V[order_K[(before_K < p * weights_V[order_K].sum()) | (p >= 1)]] = True
-    return kept_V & (weights_V >= share)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_filters_keep_few_and_many_of_a_large_vocabulary(dtype: str) -> None:
-    """Among its likeliest tokens, and where these do not hold enough."""
-    vocabulary, generator = 9_000, torch.Generator().manual_seed(7)
-    asked = [
-        (0.7, vocabulary, 0.9, 0.0), (1.0, 20, 1.0, 0.0), (0.6, 20, 0.95, 0.02), (1.3, vocabulary // 2, 0.99, 0.01),
-        (0.8, vocabulary, 1.0, 0.1), (1.0, 600, 0.5, 0.0), (0.7, vocabulary, 1.0, 0.0), (0.0, 5, 0.5, 0.0),
-    ]  # fmt: skip
-    heats, counts, shares, leasts = zip(*asked, strict=True)
-    logits_BV = torch.tensor([[1.0], [3.0]]).repeat_interleave(8, 0) * torch.randn(16, vocabulary, generator=generator)
-    logits_BV = logits_BV.to(getattr(torch, dtype)).to(DEVICE)
-    draws = Draws(
-        temperature_B=torch.tensor(heats * 2, device=DEVICE), top_k_B=torch.tensor(counts * 2, device=DEVICE),
-        top_p_B=torch.tensor(shares * 2, dtype=torch.float64, device=DEVICE),
-        min_p_B=torch.tensor(leasts * 2, device=DEVICE), u_B2=torch.zeros(16, 2, device=DEVICE), drawn=True,
-        filtered_R=torch.arange(16, device=DEVICE),
-    )  # fmt: skip
-    bound_B, last_B = limits(logits_BV, draws)
-    tokens_V = torch.arange(vocabulary)
-    for row, (heat, *filters) in enumerate(asked * 2):
-        logits_V, bound, last = logits_BV[row].cpu().float(), float(bound_B[row]), int(last_B[row])
-        found_V = (logits_V > bound) | ((logits_V == bound) & (tokens_V <= last))
-        wanted_V = kept_of(logits_V, heat, *filters) if heat else torch.ones(vocabulary, dtype=torch.bool)
-        assert (found_V != wanted_V).sum() <= (filters[1] < 1), asked[row % 8]  # a sum on the border
-    rows = likeliest(
-        logits_BV, draws.temperature_B, draws.top_k_B, draws.top_p_B, draws.min_p_B, 16 if dtype == "bfloat16" else 32
-    )[2].tolist()
-    assert {0, 1} == {*rows}
-    assert rows[8:11] == [0] * 3  # peaked ones
-
-
-class TestSampling(SamplingTests):
-    """A row in which a stretch, or a chunk, is read by lanes that are not all there is among them."""
-
-    component = Triton()
-    operations = ("sample",)
-    devices = (DEVICE,)
-    vocabularies = (1, 97, 4500)
-    each = 2

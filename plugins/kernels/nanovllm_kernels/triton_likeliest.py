@@ -33,9 +33,9 @@ def logit_of(key):
 
 @triton.jit
 def _ordered(logits):
-    """int32 in the order of the logits, as `key_of`."""
+    """int32 in the order of the logits, as `key_of`; what is no number is the least, and no key is NOBODY's."""
     bits = (logits + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(logits == logits, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), NOBODY + 1)
 
 
 @triton.jit
@@ -110,7 +110,8 @@ def _select(logits_ptr, heat_ptr, k_ptr, p_ptr, share_ptr, tops_ptr, sums_ptr, g
                 found, low = _tried(found, BITS - 1)
             chosen = (keys >= low) & there
             count = tl.sum(chosen.to(tl.int32), 0)
-            tl.store(order_ptr + row * MOST + tl.cumsum(chosen.to(tl.int32), 0) - 1, lane, chosen)
+            place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+            tl.store(order_ptr + row * MOST + place, lane, chosen & (place < MOST))
             tl.debug_barrier()  # what one thread has stored another loads
             slot = tl.arange(0, MOST)
             group = tl.load(order_ptr + row * MOST + slot, slot < count, 0)

@@ -1,7 +1,7 @@
 """Each rank holds a shard of every parameter, gradient and moment: torch's fully_shard (FSDP2), block by block.
 
-Compute in bf16 gathers bf16 and reduces gradients in fp32; the shards are fp32 masters. Gradients are reduced after every
-micro-batch, so no rank ever holds them whole: that costs a reduction a micro-batch.
+Compute in bf16 gathers bf16 and reduces gradients in fp32; the shards are fp32 masters, or bf16 as well. Gradients are
+reduced after every micro-batch, so no rank ever holds them whole: that costs a reduction a micro-batch.
 """
 
 from __future__ import annotations
