@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanovllm_kernels.torch_sampling import CANDIDATES, invert, sample
 
+from nanovllm_core.contracts import Draws
 from nanovllm_core.errors import GenerationError
 from nanovllm_core.inference.params import SamplingParams
 from nanovllm_core.inference.sampling import draws_of, note, penalised
 from nanovllm_core.inference.sequence import AHEAD, Sequence
 from nanovllm_core.inference.stopping import StopTexts
 from nanovllm_core.inference.uniform import philox, uniforms
+from nanovllm_core.testing.reference import sample as reference_sample
 
 
 def distribution(logits: list[float], p: SamplingParams) -> list[float]:
@@ -159,18 +161,36 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 
 def test_only_rows_that_need_it_sort_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.zeros(3, 3 * CANDIDATES)
+    logits = torch.randn(3, 3 * CANDIDATES, generator=torch.Generator().manual_seed(12))
     few, many = SamplingParams(seed=1, top_k=5), SamplingParams(seed=1, top_k=2 * CANDIDATES)
     sort, sorted_shapes = torch.Tensor.sort, []
 
     def counted(tensor: torch.Tensor, *args, **options):
-        if options.get("descending"):
+        if options.get("descending") and tensor.shape[-1] > CANDIDATES:
             sorted_shapes.append(tuple(tensor.shape))
         return sort(tensor, *args, **options)
 
     monkeypatch.setattr(torch.Tensor, "sort", counted)
     drawn(logits, [answer(p) for p in (few, many, few)])
     assert sorted_shapes == [(1, 3 * CANDIDATES)]
+    sorted_shapes.clear()
+    drawn(torch.zeros(3, 3 * CANDIDATES), [answer(p) for p in (few, many, few)])  # which are the first nobody told
+    assert sorted_shapes == [(3, 3 * CANDIDATES)]
+
+
+@pytest.mark.parametrize("vocabulary", [300, 3 * CANDIDATES])
+def test_of_tokens_that_are_as_likely_filters_keep_the_first(vocabulary: int) -> None:
+    """Logits of few values, as bf16 has them."""
+    generator, rows = torch.Generator().manual_seed(13), 40
+    logits = torch.randint(-3, 3, (rows, vocabulary), generator=generator).bfloat16()
+    draws = Draws(
+        temperature_B=torch.full((rows,), 0.7),
+        top_k_B=torch.tensor([(3, vocabulary // 5, vocabulary - 1, vocabulary)[i % 4] for i in range(rows)]),
+        top_p_B=torch.tensor([(1.0, 0.9, 0.3)[i % 3] for i in range(rows)], dtype=torch.float64),
+        min_p_B=torch.tensor([(0.0, 0.1)[i // 20] for i in range(rows)]),
+        u_B2=torch.rand(rows, 2, dtype=torch.float64, generator=generator), drawn=True, filtered_R=torch.arange(rows),
+    )  # fmt: skip
+    assert sample(logits, draws).tolist() == reference_sample(logits, draws).tolist()
 
 
 def test_what_was_said_is_less_likely_by_the_penalty() -> None:

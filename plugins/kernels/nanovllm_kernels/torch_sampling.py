@@ -64,11 +64,13 @@ def filtered(probs_RV: Tensor, draws: Draws) -> Tensor:
     vocabulary, rows_R = probs_RV.shape[-1], draws.filtered_R
     u_R2 = draws.u_B2[rows_R]
     k_R1, p_R1, share_R1 = (x[rows_R, None] for x in (draws.top_k_B, draws.top_p_B, draws.min_p_B))
-    probs_RW, index_RW = probs_RV.topk(min(CANDIDATES, vocabulary))
+    probs_RW, index_RW = _first_of_like(*probs_RV.topk(min(CANDIDATES, vocabulary)))
     limits_R1 = k_R1, p_R1, share_R1 * probs_RW[:, :1]
     tokens_R = _from_sorted(probs_RW, index_RW, *limits_R1, u_R2, vocabulary)
-    whole_R1 = (k_R1 >= vocabulary) & (probs_RW.double().sum(dim=-1, keepdim=True) >= p_R1)  # top-p of all, not of k
-    enough_R1 = (k_R1 <= probs_RW.shape[-1]) | whole_R1
+    # Of tokens as likely as the last candidate others may have been left out, which come before it.
+    sure_RW = (probs_RW > probs_RW[:, -1:]) | (probs_RW.shape[-1] == vocabulary)
+    whole_R1 = (k_R1 >= vocabulary) & ((probs_RW.double() * sure_RW).sum(dim=-1, keepdim=True) >= p_R1)  # top-p of all
+    enough_R1 = (k_R1 <= sure_RW.sum(dim=-1, keepdim=True)) | whole_R1
     enough_R1 |= (probs_RW[:, -1:] < limits_R1[2]) & (p_R1 >= 1)
     short_S = (~enough_R1[:, 0]).nonzero()[:, 0]
     if len(short_S):
@@ -76,6 +78,13 @@ def filtered(probs_RV: Tensor, draws: Draws) -> Tensor:
         k_S1, p_S1, least_S1 = (x[short_S] for x in limits_R1)
         tokens_R[short_S] = _from_sorted(probs_SV, index_SV, k_S1, p_S1, least_S1, u_R2[short_S], vocabulary)
     return tokens_R
+
+
+def _first_of_like(probs_RW: Tensor, index_RW: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest first, and of tokens that are as likely the first ones: `topk` has no order among these."""
+    index_RW, order_RW = index_RW.sort(dim=-1)
+    probs_RW, order_RW = probs_RW.gather(-1, order_RW).sort(dim=-1, descending=True, stable=True)
+    return probs_RW, index_RW.gather(-1, order_RW)
 
 
 def _from_sorted(
