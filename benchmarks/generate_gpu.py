@@ -219,7 +219,7 @@ def main() -> None:
             figures["free_before_transformers"] = torch.cuda.mem_get_info()[0]
             peer, end = theirs(folder, args.peer)
             for name, work in works.items():
-                mine, other = figures[name]["ours"], timed(peer, work, 2, ids)
+                mine, other = figures[name]["ours"], timed(peer, work, args.rounds, ids)
                 figures[name]["transformers"] = other
                 figures[name]["ratio"] = round(max(mine["rounds"]) / max(other["rounds"]), 2)
                 figures[name]["ratio_again"] = round(mine["again"] / other["again"], 2)

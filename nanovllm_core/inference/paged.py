@@ -116,14 +116,14 @@ def paged_batch(
     for row, own in zip(tables_DP, used, strict=True):
         row[: len(own)] = own
     lengths_D = np.array(lengths)
-    starts_D = lengths_D.cumsum() - lengths_D
+    bounds = np.array([0, *itertools.accumulate(lengths)])
     documents_T = np.arange(len(used)).repeat(lengths_D)
-    positions_T = np.arange(len(documents_T)) + (np.array(contexts) - lengths_D - starts_D)[documents_T]
+    positions_T = np.arange(len(documents_T)) + (np.array(contexts) - lengths_D - bounds[:-1])[documents_T]
     places_T = tables_DP[documents_T, positions_T // size].astype(np.int64) * size + positions_T % size
     return Batch(
         positions=sent(positions_T, torch.int64, device),
         lengths=tuple(lengths),
-        cu_seqlens=sent([0, *itertools.accumulate(lengths)], torch.int32, device),
+        cu_seqlens=sent(bounds, torch.int32, device),
         select=None if select is None else sent(select, torch.int64, device),
         paging=Paging(
             contexts=tuple(contexts),

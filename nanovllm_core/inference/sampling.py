@@ -49,7 +49,7 @@ def penalised(logits_BV: Tensor, sequences: Many[Sequence]) -> Tensor:
     """Logits of tokens that a sequence has, made less likely where it asks for that."""
     rows = [row for row, s in enumerate(sequences) if s.met is not None]
     if rows:
-        logits_BV = logits_BV.float() if logits_BV.dtype != torch.float32 else logits_BV.clone()
+        logits_BV = logits_BV.to(torch.float32, copy=True)
     for row in rows:
         s = sequences[row]
         ids = torch.tensor(list(s.met or ()), device=logits_BV.device)

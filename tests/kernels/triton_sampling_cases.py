@@ -18,6 +18,13 @@ from nanovllm_core.testing.reference import sample as reference_sample
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def sampled(logits_BV: Tensor, draws: Draws) -> list[int]:
+    """What Triton draws."""
+    request = KernelRequest(operation="sample", device=DEVICE, dtype="float32", shape=SHAPES[0], training=False)
+    there = Draws(**{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in asdict(draws).items()})
+    return Triton().load(request)(logits_BV.to(DEVICE), there).tolist()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_of_tokens_that_are_as_likely_filters_keep_the_first(dtype: str) -> None:
     """Logits of few values, as bf16 has them: what top-k and top-p cut through; the numbers of a row meet each token kept."""
@@ -33,13 +40,7 @@ def test_of_tokens_that_are_as_likely_filters_keep_the_first(dtype: str) -> None
         drawn=True,
         filtered_R=torch.arange(rows),  # some of them ask for nothing, as in a recorded step
     )
-    found = Triton().load(
-        KernelRequest(operation="sample", device=DEVICE, dtype="float32", shape=SHAPES[0], training=False)
-    )(
-        logits_BV.to(DEVICE),
-        Draws(**{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in asdict(draws).items()}),
-    )
-    assert found.tolist() == reference_sample(logits_BV, draws).tolist()
+    assert sampled(logits_BV, draws) == reference_sample(logits_BV, draws).tolist()
 
 
 def kept_of(logits_V: Tensor, heat: float, k: int, p: float, share: float) -> Tensor:
@@ -98,12 +99,7 @@ def test_damaged_rows_are_told_and_spare_the_others(dtype: str) -> None:
         top_p_B=torch.full((6,), 0.9, dtype=torch.float64), min_p_B=torch.zeros(6),
         u_B2=torch.rand(6, 2, dtype=torch.float64, generator=generator), drawn=True, filtered_R=torch.arange(6),
     )  # fmt: skip
-    sampled = Triton().load(
-        KernelRequest(operation="sample", device=DEVICE, dtype="float32", shape=SHAPES[0], training=False)
-    )
-    there = Draws(**{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in asdict(draws).items()})
-    found = sampled(logits_BV.to(DEVICE), there).tolist()
-    assert found == [
+    assert sampled(logits_BV, draws) == [
         i if row not in (1, 3, 4) else -1 for row, i in enumerate(reference_sample(logits_BV, draws).tolist())
     ]
 

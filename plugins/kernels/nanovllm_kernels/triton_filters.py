@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_core.contracts import Draws
-from nanovllm_kernels.triton_likeliest import CHUNK, key_of, likeliest, logit_of, top_of
+from nanovllm_kernels.triton_likeliest import CHUNK, key_of, likeliest, logit_of, narrowed, raised, top_of
 
 BLOCK = 1024  # tokens of a chunk at once
 DIGITS = 8  # of a key
@@ -132,9 +132,7 @@ def _bound(logits_ptr, heat_ptr, k_ptr, p_ptr, left_ptr, share_ptr, kept_ptr, ma
             wanted = _wanted(k, p, kept_ptr, mass_ptr, tops_ptr, row, chunks, heat, 1, CHUNKS)
             likely, above = _chosen(before_ptr, was_ptr, row, chunks, wanted, LAST, LEAST, CHUNKS, LAST)
             own = tl.exp((logit_of(likely) - top) / heat).to(tl.float64)
-            some = tl.maximum(tl.ceil((wanted - above) / tl.maximum(own, 1e-300)), 1.0)
-            ties = tl.where(likely > key, some, tl.where(likely == key, tl.minimum(ties, some), ties))
-            key = tl.maximum(key, likely)
+            key, ties = narrowed(key, ties, likely, above, wanted, own)
         bound = logit_of(key)
         before, last = tl.zeros([], tl.int32), tl.full([], -1, tl.int32)
         for first in range(0, vocabulary, BLOCK):
@@ -144,9 +142,7 @@ def _bound(logits_ptr, heat_ptr, k_ptr, p_ptr, left_ptr, share_ptr, kept_ptr, ma
             kept = (same > 0) & (before + tl.cumsum(same, 0) <= ties)
             last = tl.maximum(last, tl.max(tl.where(kept, token, -1), 0))
             before += tl.sum(same, 0)
-        least = top + heat * tl.log(share)
-        if (share > 0) & (least > bound):
-            bound, last = least, last * 0 + vocabulary
+        bound, last = raised(bound, last, top, heat, share, vocabulary)
         tl.store(bound_ptr + row, bound)
         tl.store(last_ptr + row, last)
 

@@ -19,28 +19,49 @@ NOBODY = tl.constexpr(-(2**31))  # less than any number in the order of the logi
 
 
 @triton.jit
-def key_of(logits):
-    """uint32 in the order of the logits."""
-    bits = (logits + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
-    return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def logit_of(key):
-    low = key.to(tl.int64).to(tl.uint32).to(tl.int32, bitcast=True)
-    return tl.where(low < 0, low ^ -2147483648, ~low).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _ordered(logits):
-    """int32 in the order of the logits, as `key_of`; what is no number is the least, and no key is NOBODY's."""
-    bits = (logits + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(logits == logits, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), NOBODY + 1)
+    """int32 in the order of the logits."""
+    bits = (logits + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _somebody(logits):
+    """As `_ordered`; what is no number is the least, but for NOBODY."""
+    return tl.where(logits == logits, _ordered(logits), NOBODY + 1)
 
 
 @triton.jit
 def _logit(ordered):
     return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_of(logits):
+    """uint32 in the order of the logits."""
+    return (_ordered(logits) ^ -2147483648).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def logit_of(key):
+    return _logit(key.to(tl.int64).to(tl.uint32).to(tl.int32, bitcast=True) ^ -2147483648)
+
+
+@triton.jit
+def narrowed(key, ties, likely, above, wanted, own):
+    """What top-k keeps, and of that what top-p does: the key, and how many at it. `likely` is top-p's key, `above` the weight
+    above it and `own` that of one token at it."""
+    some = tl.maximum(tl.ceil((wanted - above) / tl.maximum(own, 1e-300)), 1.0)
+    ties = tl.where(likely > key, some, tl.where(likely == key, tl.minimum(ties, some), ties))
+    return tl.maximum(key, likely), ties
+
+
+@triton.jit
+def raised(bound, last, top, heat, share, vocabulary):
+    """With min-p: the bound, and the last token at it."""
+    least = top + heat * tl.log(share)
+    higher = (share > 0) & (least > bound)
+    return tl.where(higher, least, bound), tl.where(higher, vocabulary, last)
 
 
 @triton.jit
@@ -100,7 +121,7 @@ def _select(logits_ptr, heat_ptr, k_ptr, p_ptr, share_ptr, tops_ptr, sums_ptr, g
             lane = tl.arange(0, LANES)
             there = lane * GROUP < vocabulary
             tops = tl.load(groups_ptr + row * chunks * EACH + lane, lane < chunks * EACH, float("-inf"))
-            keys = tl.where(there, _ordered(tops), NOBODY)
+            keys = tl.where(there, _somebody(tops), NOBODY)
             low = tl.full([], NOBODY, tl.int32)
             if tl.sum(there.to(tl.int32), 0) > MOST:
                 found = tl.zeros([], tl.int64)
@@ -118,7 +139,7 @@ def _select(logits_ptr, heat_ptr, k_ptr, p_ptr, share_ptr, tops_ptr, sums_ptr, g
             token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
             inside = (slot < count)[:, None] & (token < vocabulary)
             logits = tl.load(logits_ptr + row * stride + token, inside, float("-inf")).to(tl.float32)
-            near = tl.where(inside, _ordered(logits), NOBODY)
+            near = tl.where(inside, _somebody(logits), NOBODY)
             near = tl.where(near >= low, near, NOBODY)
             weights = tl.where(near > NOBODY, tl.exp((logits - top) / heat), 0.0)
             key, ties = tl.full([], NOBODY, tl.int32), tl.zeros([], tl.float64)
@@ -140,17 +161,13 @@ def _select(logits_ptr, heat_ptr, k_ptr, p_ptr, share_ptr, tops_ptr, sums_ptr, g
                 likely = _least(near, weights, wanted, BITS)
                 above = tl.sum(tl.where(near > likely, weights, 0.0).to(tl.float64))
                 own = tl.exp((_logit(likely) - top) / heat).to(tl.float64)
-                some = tl.maximum(tl.ceil((wanted - above) / tl.maximum(own, 1e-300)), 1.0)
-                ties = tl.where(likely > key, some, tl.where(likely == key, tl.minimum(ties, some), ties))
-                key = tl.maximum(key, likely)
+                key, ties = narrowed(key, ties, likely, above, wanted, own)
             bound = _logit(key)
             same = ((near == key) & (near > NOBODY)).to(tl.int32)
             of_group = tl.sum(same, 1)
             before = (tl.cumsum(of_group, 0) - of_group)[:, None] + tl.cumsum(same, 1)
             last = tl.max(tl.where((same > 0) & (before <= ties), token, -1))
-        least = top + heat * tl.log(share)
-        if (share > 0) & (least > bound):
-            bound, last = least, last * 0 + vocabulary
+        bound, last = raised(bound, last, top, heat, share, vocabulary)
     tl.store(bound_ptr + row, bound)
     tl.store(last_ptr + row, last)
     tl.store(left_ptr + row, left)

@@ -89,11 +89,11 @@ def _attend(q_ptr, k_ptr, v_ptr, place_ptr, k_page_ptr, v_page_ptr, table_ptr, c
     start = tl.load(start_ptr + document)
     length = tl.load(start_ptr + document + 1) - start
     context = tl.load(context_ptr + document)
+    low, end = _share(context, length, tile, part, window, TOKENS, KEYS, PARTS, WINDOW, NEW)
     if EARLY:
         gdc_launch_dependents()
         if NEW:
-            one, beyond = _share(context, length, tile, part, window, TOKENS, KEYS, PARTS, WINDOW, NEW)
-            soon = tl.minimum(one + tl.arange(0, FETCHED), tl.maximum(beyond - 1, 0))
+            soon = tl.minimum(low + tl.arange(0, FETCHED), tl.maximum(end - 1, 0))
             holds = tl.load(table_ptr + document * table_stride + soon // PAGE).to(tl.int64)
             line = tl.minimum(tl.arange(0, LINES) * LINE, SIZE - 1)
             where = (((holds * PAGE + soon % PAGE) * HEADS + kv_head) * SIZE)[:, None] + line[None, :]
@@ -110,7 +110,6 @@ def _attend(q_ptr, k_ptr, v_ptr, place_ptr, k_page_ptr, v_page_ptr, table_ptr, c
         q = tl.load(q_ptr + q_place, known[:, None] & (column < SIZE)[None, :], 0.0)
         if WIDE:
             q = q.to(tl.float32)
-        low, end = _share(context, length, tile, part, window, TOKENS, KEYS, PARTS, WINDOW, NEW)
         largest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         found = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -211,11 +210,11 @@ def _run(
     several = parts > 1
     part = torch.empty((documents_here * n, parts, size) if several else 1, dtype=torch.float32, device=q_TNH.device)
     sums = torch.empty((documents_here * n, parts, 2) if several else 1, dtype=torch.float32, device=q_TNH.device)
+    done = _counters(kv.k_PSKH, documents_here * heads) if several else sums
     block, line = max(16, triton.next_power_of_2(size)), LINE // kv.k_PSKH.element_size()
     _attend[(heads, documents_here, triton.cdiv(longest, tokens) * parts)](
         q_TNH, k_TC, v_TC, paging.places_T, kv.k_PSKH, kv.v_PSKH, paging.tables_DP, paging.contexts_D, batch.cu_seqlens,
-        out_TNH, part, sums, _counters(kv.k_PSKH, documents_here * heads if several else 1), first,
-        q_TNH.stride(0), k_TC.stride(0), v_TC.stride(0), paging.tables_DP.stride(0),
+        out_TNH, part, sums, done, first, q_TNH.stride(0), k_TC.stride(0), v_TC.stride(0), paging.tables_DP.stride(0),
         size**-0.5 * 1.4426950408889634, window or 0,
         HEADS=heads, GROUP=group, SIZE=size, BLOCK=block, PAGE=page, TOKENS=tokens,
         ROWS=max(ROWS, triton.next_power_of_2(tokens * group)), PARTS=parts, WINDOW=window is not None,

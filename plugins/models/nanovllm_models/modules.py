@@ -26,7 +26,7 @@ def matrices(*projections: Weights) -> Matrices:
 
 
 def logits_or_loss(ops: Ops, x_TC: Tensor, head_VC: Tensor, batch: Batch, targets_T: Tensor | None) -> Tensor:
-    """With targets the summed loss, an fp32 scalar; else logits [n, V] in the compute dtype of `batch.select`."""
+    """With targets the summed loss, an fp32 scalar; else logits [n, V] of `batch.select` in the compute dtype."""
     if targets_T is not None:
         return ops.linear_cross_entropy(x_TC, head_VC, targets_T)
     return ops.logits(x_TC, head_VC, batch.select)
